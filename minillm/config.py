@@ -1,0 +1,220 @@
+"""The three configurations that say everything about a run: the model, its training, its layout.
+
+Frozen dataclasses, so a variant is written as a difference: `replace(gpt2, norm="rms", pos="rope")`. Code branches
+on these fields and never on the name of a model family. Impossible values are refused here, before any work is done.
+"""
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Literal
+
+Biased = Literal["qkv", "out", "mlp", "norm", "head"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer. One letter per size, as everywhere: V, L, C, H, G, D, F, T."""
+
+    vocab_size: int = 1024
+    """V: number of token ids."""
+    layers: int = 4
+    """L: number of blocks."""
+    width: int = 128
+    """C: size of the residual stream."""
+    heads: int = 4
+    """H: query heads."""
+    kv_heads: int | None = None
+    """G: key and value heads, each shared by H/G query heads; None means as many as query heads."""
+    head_dim: int | None = None
+    """D: size of one head; None means width / heads."""
+    ffn_width: int | None = None
+    """F: width of the feed-forward layer; None means 4C, or 8C/3 when it is gated (the same parameters)."""
+    context: int = 256
+    """T: tokens in a training sequence, and the most that learned positions can count."""
+    norm: Literal["layer", "rms"] = "rms"
+    """LayerNorm (mean and variance) or RMSNorm (root mean square only)."""
+    norm_eps: float = 1e-5
+    """Added to the variance before its root."""
+    mlp: Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"] = "swiglu"
+    """Feed-forward activation; the last two are gated, with a third matrix."""
+    pos: Literal["learned", "rope"] = "rope"
+    """Where positions come in: a learned table added to the embedding, or rotation of queries and keys."""
+    rope_theta: float = 10_000.0
+    """The longest wavelength of rotary positions is 2π · rope_theta tokens."""
+    bias: tuple[Biased, ...] = ()
+    """Which parts have a bias."""
+    tied: bool = True
+    """Whether the output head is the embedding table itself."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    init_residual: bool = True
+    """Divide the initial weights of projections into the residual stream by √(2L), as GPT-2 does."""
+
+    def __post_init__(self):
+        """Refuse sizes that cannot work, each with both numbers and the way out."""
+        for name in ("vocab_size", "layers", "width", "heads", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
+        for name in ("kv_heads", "head_dim", "ffn_width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1, or None for the default.")
+        for name in ("norm_eps", "rope_theta", "init_std"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be above 0.")
+        _check_choices(self)
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide into {self.heads} heads. "
+                             f"Use {_nearest_divisors(self.width, self.heads)} heads, or set head_dim.")
+        if self.heads % self.kv_size:
+            raise ValueError(f"{self.heads} query heads cannot share {self.kv_size} KV heads: heads must be a multiple "
+                             f"of kv_heads. Nearest that work: kv_heads = {_nearest_divisors(self.heads, self.kv_size)}.")
+        if self.pos == "rope" and self.head_size % 2:
+            raise ValueError(f"head size {self.head_size} is odd: rotary positions turn pairs of numbers. "
+                             f"Use head_dim = {self.head_size + 1}, or pos = \"learned\".")
+
+    @property
+    def kv_size(self) -> int:
+        """G, the number of KV heads."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """D, the size of one head."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer multiplies its activation by a second projection."""
+        return self.mlp in ("swiglu", "geglu")
+
+    @property
+    def ffn_size(self) -> int:
+        """F, the feed-forward width; a gated default is 8C/3 rounded up to a multiple of 8."""
+        if self.ffn_width is not None:
+            return self.ffn_width
+        return -(-self.width * 8 // 24) * 8 if self.gated else 4 * self.width
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained: the batch, the optimizer, the schedule, and when to look at it and save it."""
+
+    steps: int = 600
+    """Optimizer steps in the run."""
+    batch_size: int = 16
+    """Sequences in one optimizer step, over all ranks."""
+    microbatch_size: int | None = None
+    """Sequences that go through the model at once; gradients are accumulated. None means the whole batch."""
+    lr: float = 4e-3
+    """Peak learning rate."""
+    min_lr: float = 0.1
+    """Final learning rate as a fraction of the peak."""
+    warmup_steps: int = 30
+    """Steps over which the learning rate rises from 0 to its peak."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    beta1: float = 0.9
+    """AdamW: decay of the mean of gradients."""
+    beta2: float = 0.95
+    """AdamW: decay of the mean of squared gradients."""
+    adam_eps: float = 1e-8
+    """AdamW: added to the root of the second mean."""
+    optimizer: Literal["fused", "by_hand"] = "fused"
+    """torch's fused AdamW, or the one written out in minillm/train/optim.py: the same numbers, slower."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradients; 0 switches clipping off."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs matrix products in bfloat16 under autocast; weights and optimizer stay in float32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto takes a CUDA GPU if there is one, else the CPU."""
+    compile: bool = False
+    """Compile the model with torch.compile: seconds at the start, faster steps after."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    eval_every: int = 50
+    """Steps between measurements of the validation loss."""
+    eval_sequences: int = 256
+    """Validation sequences measured each time; the last measurement uses the whole set."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    keep: int = 2
+    """How many checkpoints to keep: the newest ones."""
+
+    def __post_init__(self):
+        """Refuse values that cannot work, each with the way out."""
+        for name in ("steps", "batch_size", "eval_every", "eval_sequences", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "min_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must not be negative.")
+        for name in ("lr", "adam_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be above 0.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 0 and below 1.")
+        _check_choices(self)
+        if self.min_lr > 1:
+            raise ValueError(f"min_lr = {self.min_lr}: it is a fraction of the peak rate, so at most 1.")
+        micro = self.microbatch_size
+        if micro is not None and (micro < 1 or self.batch_size % micro):
+            raise ValueError(f"a batch of {self.batch_size} sequences does not divide into microbatches of {micro}. "
+                             f"Nearest that work: {_nearest_divisors(self.batch_size, micro)}.")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is laid out over ranks. Data parallelism is the only axis so far."""
+
+    dp: int = 1
+    """Data-parallel ranks: each sees its own share of every batch."""
+
+    def __post_init__(self):
+        """Refuse an axis without ranks."""
+        if self.dp < 1:
+            raise ValueError(f"dp = {self.dp}: every axis needs at least 1 rank.")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all: the product of the axes."""
+        return self.dp
+
+
+def from_dict(cls: type, values: dict, source: str = "configuration"):
+    """Build a configuration from a dict; an unknown key is an error that suggests the nearest known one.
+
+    Raises: ValueError for an unknown key or a value that the configuration refuses.
+    """
+    known = {field.name for field in fields(cls)}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(sorted(known))}."
+            raise ValueError(f"{source}: {cls.__name__} has no field {key!r}.{hint}")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _check_choices(config) -> None:
+    """Hold every Literal field to its choices: a typo in a notebook must not train another model in silence."""
+    for field in fields(config):
+        value, choices = getattr(config, field.name), getattr(field.type, "__args__", ())
+        if getattr(field.type, "__origin__", None) is Literal:
+            chosen, options = (value,), choices
+        elif field.name == "bias":
+            chosen, options = value, Biased.__args__
+        else:
+            continue
+        for one in chosen:
+            if one not in options:
+                near = difflib.get_close_matches(str(one), options, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{field.name} = {one!r}: choose from {', '.join(options)}.{hint}")
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` just below and just above `wanted`, as text."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = [d for d in divisors if d < wanted][-1:]
+    above = [d for d in divisors if d > wanted][:1]
+    return " or ".join(str(d) for d in below + above)

@@ -1,0 +1,130 @@
+"""The decoder: embed, L blocks, norm, and one score for every token of the vocabulary.
+
+One call for every family; everything but `ids` is optional and by keyword. A model is built from its configuration
+and a seed: the same seed gives the same weights on every device, since they are drawn on the CPU. On the meta device
+it takes no memory, so that LLaMA-65B can be counted on a laptop.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from minillm.config import ModelConfig
+from minillm.nn.block import Block
+from minillm.nn.masks import combine
+from minillm.nn.norms import build_norm
+from minillm.nn.positions import rotary_turns, rotary_frequencies
+
+
+class Output(NamedTuple):
+    """What the model answers when more than logits was asked for; parts not asked for are None.
+
+    logits (B, T, V); hidden: L + 1 tensors (B, T, C), the stream before each block and the normalised end;
+    attention: L tensors (B, H, T, S).
+    """
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...] | None
+    attention: tuple[Tensor, ...] | None
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model: token ids (B, T) in, logits (B, T, V) for the next token out."""
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0, device: str | torch.device = "cpu"):
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):  # shapes only: torch's own initial values would be drawn to be thrown away
+            self.embed = nn.Embedding(config.vocab_size, config.width)
+            self.positions = nn.Embedding(config.context, config.width) if config.pos == "learned" else None
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+            self.norm = build_norm(config)
+            self.head = nn.Linear(config.width, config.vocab_size, bias="head" in config.bias)
+        if torch.device(device).type != "meta":
+            self.to_empty(device="cpu")
+            self.initialise(seed)
+            self.to(device)
+        if config.tied:
+            self.head.weight = self.embed.weight
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw all weights: N(0, init_std), norms 1, biases 0, residual projections smaller (init_residual)."""
+        generator = torch.Generator().manual_seed(seed)
+        shrink = 1 / math.sqrt(2 * self.config.layers) if self.config.init_residual else 1.0
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
+                parameter.normal_(0.0, self.config.init_std * (shrink if residual else 1.0), generator=generator)
+
+    def forward(self, ids: Int[Tensor, "B T"], *, positions: Int[Tensor, "B T"] | None = None,
+                padding_mask: Bool[Tensor, "B S"] | None = None, segment_ids: Int[Tensor, "B T"] | None = None,
+                prefix_len: int | Int[Tensor, "B"] | None = None, cache=None, return_hidden: bool = False,
+                return_attention: bool = False) -> Float[Tensor, "B T V"] | Output:
+        """Logits for the next token at every place, or an `Output` when hidden states or attention are asked for.
+
+        positions: place of each token; by default 0, 1, ... after what the cache holds, not counting padding.
+        padding_mask: True on real tokens, for all keys (those in the cache too).
+        segment_ids: packed documents, which do not see one another.   prefix_len: tokens read in both directions.
+        Raises: ValueError for positions beyond a learned table, or segments with a cache.
+        """
+        past = 0 if cache is None else cache.length
+        keys = past + ids.shape[1]
+        if segment_ids is not None and cache is not None:
+            raise ValueError("segment_ids and cache together: packed documents are for training; decode one text a row.")
+        if positions is None:
+            positions = _places(ids, past, padding_mask)
+        x, rotary = self._embed(ids, positions)
+        mask = combine(ids.shape[1], keys, padding_mask=padding_mask, segment_ids=segment_ids,
+                       prefix_len=prefix_len, device=ids.device)
+        hidden, attention = [], []
+        for block in self.blocks:
+            hidden.append(x)
+            x, seen = block(x, rotary, mask, cache, return_attention)
+            attention.append(seen)
+        x = self.norm(x)
+        logits = self.head(x)
+        if not (return_hidden or return_attention):
+            return logits
+        return Output(logits, tuple(hidden) + (x,) if return_hidden else None,
+                      tuple(attention) if return_attention else None)
+
+    def _embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The stream's first value, and the cosines and sines of the positions when they are rotary."""
+        try:
+            x = self.embed(ids)
+            if self.positions is not None:
+                return x + self.positions(positions), None
+        except IndexError:
+            raise _out_of_range(self.config, ids, positions) from None
+        frequencies = rotary_frequencies(self.config.head_size, self.config.rope_theta, x.device)
+        return x, rotary_turns(positions, frequencies)
+
+
+def _places(ids: Tensor, past: int, padding_mask: Tensor | None) -> Int[Tensor, "rows T"]:
+    """Default positions: count the real tokens, starting after what the cache holds."""
+    if padding_mask is None:
+        return torch.arange(past, past + ids.shape[1], device=ids.device)[None]
+    return (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+
+
+def _out_of_range(config: ModelConfig, ids: Tensor, positions: Tensor) -> ValueError:
+    """An index error says nothing; this one names the first bad id or position."""
+    bad = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if len(bad):
+        return ValueError(f"token id {int(bad[0])} is outside the vocabulary of {config.vocab_size} (0 to "
+                          f"{config.vocab_size - 1}). Was the text encoded by another model's tokenizer?")
+    return ValueError(f"position {int(positions.max())} is beyond the {config.context} positions that the model has "
+                      f"learned. Shorten the text, or train with pos=\"rope\" or a longer context.")
+
+
+def num_params(model: nn.Module) -> int:
+    """Parameters of a model; tied weights count once. Works on the meta device."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,77 @@
+"""Attention: every token asks a question (q), every earlier token offers an answer (v) under a label (k).
+
+Two paths compute the same thing. `attend_by_hand` is the formula, and gives the weights back for a picture; `attend`
+goes through torch's scaled_dot_product_attention, which never writes the T x S square of weights to memory.
+Grouped-query attention is the general case: H query heads share G key and value heads; G = H is multi-head attention,
+G = 1 multi-query. Sources: arXiv:1706.03762 §3.2, arXiv:2305.13245.
+"""
+
+import math
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minillm.config import ModelConfig
+from minillm.nn.masks import causal
+from minillm.nn.positions import rotate
+
+
+def attend_by_hand(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"],
+                   mask: Bool[Tensor, "batch 1 T S"] | None = None,
+                   ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B H T S"]]:
+    """softmax(q kᵀ / √D) v, and the weights. No mask means causal. Softmax runs in float32 or wider."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (repeat(x, "b g s d -> b (g group) s d", group=group) for x in (k, v))
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    seen = causal(q.shape[2], k.shape[2], q.device) if mask is None else mask
+    wide = scores.masked_fill(~seen, -math.inf)
+    weights = wide.softmax(-1, dtype=torch.promote_types(wide.dtype, torch.float32)).to(v.dtype)
+    return weights @ v, weights
+
+
+def attend(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"],
+           mask: Bool[Tensor, "batch 1 T S"] | None = None) -> Float[Tensor, "B H T D"]:
+    """The same by torch's fused kernels. No mask means causal, with the queries last among the keys."""
+    heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
+    if mask is None and 1 < queries < keys:
+        mask = causal(queries, keys, q.device)  # torch's own causal mask would start the queries at the first key
+    if mask is None and queries == 1:
+        # One query sees everything: let the heads of a group stand as queries beside each other, without copies of k.
+        grouped = rearrange(q, "b (g group) 1 d -> b g group d", g=k.shape[1])
+        return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                          enable_gqa=k.shape[1] != heads)
+
+
+class Attention(nn.Module):
+    """Project to queries, keys and values; rotate; attend; project back. Shapes: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.heads, self.kv_heads = layer, config.heads, config.kv_size
+        queries, keys = config.heads * config.head_size, config.kv_size * config.head_size
+        self.q = nn.Linear(config.width, queries, bias="qkv" in config.bias)
+        self.k = nn.Linear(config.width, keys, bias="qkv" in config.bias)
+        self.v = nn.Linear(config.width, keys, bias="qkv" in config.bias)
+        self.out = nn.Linear(queries, config.width, bias="out" in config.bias)
+
+    def forward(self, x: Float[Tensor, "B T C"], rotary: Float[Tensor, "rows T 1 half 2"] | None = None,
+                mask: Bool[Tensor, "batch 1 T S"] | None = None, cache=None,
+                weights: bool = False) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B H T S"] | None]:
+        """The layer's output, and the attention weights if asked for."""
+        q = rearrange(self.q(x), "b t (h d) -> b t h d", h=self.heads)
+        k = rearrange(self.k(x), "b t (g d) -> b t g d", g=self.kv_heads)
+        v = rearrange(self.v(x), "b t (g d) -> b g t d", g=self.kv_heads)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        if weights:
+            mixed, seen = attend_by_hand(q, k, v, mask)
+        else:
+            mixed, seen = attend(q, k, v, mask), None
+        return self.out(rearrange(mixed, "b h t d -> b t (h d)")), seen

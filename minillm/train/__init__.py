@@ -1,0 +1,1 @@
+"""What training is made of: the loss, the optimizer, the schedule, precision and checkpoints."""

@@ -1,0 +1,125 @@
+"""Checkpoints that are whole or not there: everything that a run needs to go on, in one folder.
+
+    runs/first/step-000400/
+        config.json  model.safetensors  tokenizer.json    what `load_pretrained` and Hugging Face read
+        optimizer.safetensors                             AdamW's averages and the random state
+        trainer.json                                      step, loader position, the run's configuration
+        manifest.json                                     the size of every file above, written last
+
+The folder is filled under a temporary name, synced and renamed, so a run that is killed, or a disk that fills up,
+leaves the last checkpoint as it was.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from minillm.files import sync, write_atomically
+from minillm.model.huggingface import CheckpointError, load_tensors, save_pretrained, save_tensors
+from minillm.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read back: the folder, the optimizer's tensors by name, and the trainer's notes."""
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    notes: dict
+
+
+def save_checkpoint(folder: Path, model: Transformer, tensors: dict[str, Tensor], notes: dict,
+                    save_tokenizer: Callable[[Path], None] | None = None) -> None:
+    """Write a whole checkpoint or nothing.
+
+    Raises: CheckpointError when the disk is full; the message names the last whole checkpoint.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        save_pretrained(model, temporary)
+        save_tensors(temporary / "optimizer.safetensors", tensors)
+        write_atomically(temporary / "trainer.json", json.dumps(notes, indent=1))
+        if save_tokenizer:
+            save_tokenizer(temporary)
+        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+        write_atomically(temporary / "manifest.json", json.dumps(sizes, indent=1))
+        sync(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(_not_written(folder, model, error)) from error
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint back, after holding every file to the size that the manifest gives.
+
+    Raises: CheckpointError when a file is missing or truncated, naming the last whole checkpoint beside it.
+    """
+    folder = Path(folder)
+    wrong = what_is_wrong(folder)
+    if wrong:
+        whole = latest_checkpoint(folder.parent)
+        way_out = (f" The last whole checkpoint is {whole.name}; continue from it with --resume {whole}." if whole
+                   else " There is no other whole checkpoint here; start again with --fresh.")
+        raise CheckpointError(f"{folder} is incomplete: {wrong}.{way_out}")
+    return Checkpoint(folder, load_tensors(folder / "optimizer.safetensors"),
+                      json.loads((folder / "trainer.json").read_text()))
+
+
+def what_is_wrong(folder: Path) -> str | None:
+    """The first thing that makes a checkpoint unusable, or None when it is whole."""
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        return "manifest.json is missing" if folder.exists() else "the folder does not exist"
+    try:
+        sizes = json.loads(manifest.read_text())
+    except ValueError:
+        return "manifest.json is not whole"
+    for name, expected in sizes.items():
+        file = folder / name
+        if not file.exists():
+            return f"{name} is missing"
+        if file.stat().st_size != expected:
+            return f"{name} has {file.stat().st_size:,} of {expected:,} bytes"
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first, whole or not."""
+    return sorted(Path(run).glob("step-*"))
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    return next((folder for folder in reversed(checkpoints(run)) if what_is_wrong(folder) is None), None)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the `keep` newest whole checkpoints; broken ones are left for their owner to look at."""
+    whole = [folder for folder in checkpoints(run) if what_is_wrong(folder) is None]
+    for folder in whole[:-keep]:
+        shutil.rmtree(folder)
+
+
+def _not_written(folder: Path, model: Transformer, error: Exception) -> str:
+    """Why a checkpoint could not be written, and what is still there."""
+    needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error)
+    whole = latest_checkpoint(folder.parent)
+    kept = f"The last whole checkpoint is {whole}, untouched." if whole else "There is no earlier checkpoint."
+    free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
+    reason = f"the disk is full ({free:,} bytes free, about {needed:,} needed)" if full else str(error)
+    return f"{folder} could not be written: {reason}. {kept} Make room, or choose another --out, and resume."

@@ -1,0 +1,165 @@
+"""The loop: batches in, metrics and checkpoints out, and a clean end whatever happens.
+
+Killed at any moment, a run resumes from its last checkpoint to the same losses, bit for bit on one device: weights,
+optimizer, random state and the loader's position are saved together. Ctrl-C and SIGTERM finish the step, save and stop.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from minillm.config import ParallelConfig, TrainConfig
+from minillm.data.loader import Loader, evaluation_batches
+from minillm.data.shards import TokenShards
+from minillm.engine import Engine
+from minillm.model.huggingface import CheckpointError, load_pretrained
+from minillm.progress import bar, say
+from minillm.train.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from minillm.train.loss import bits_per_byte
+from minillm.train.metrics import Metrics
+
+# Fields that may differ when a run resumes: they say when to look and save, not what is computed.
+FREE_TO_CHANGE = ("eval_every", "eval_sequences", "checkpoint_every", "keep", "compile")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step, what is saved, and what to try."""
+
+
+class Trainer:
+    """Drives an engine over a loader.
+
+    at: functions to call after certain steps (0 is before the first), which return values for the metrics file.
+    """
+
+    def __init__(self, engine: Engine, loader: Loader, validation: TokenShards, run: str | Path, *,
+                 parallel: ParallelConfig = ParallelConfig(), tokenizer=None, tensorboard: bool = False,
+                 at: dict[int, Callable[[], dict]] | None = None):
+        self.engine, self.loader, self.validation, self.run = engine, loader, validation, Path(run)
+        self.config: TrainConfig = engine.config
+        self.parallel, self.tokenizer, self.tensorboard, self.at = parallel, tokenizer, tensorboard, at or {}
+        self._stop: signal.Signals | None = None
+
+    def train(self, *, resume: Path | None = None) -> bool:
+        """Train to the last step. Returns True when the run is finished, False when a signal stopped it early.
+
+        resume: a checkpoint folder to go on from.
+        Raises: TrainingError for a loss that is not finite, CheckpointError for a checkpoint that does not fit.
+        """
+        if resume:
+            self.restore(resume)
+        metrics = Metrics(self.run / "metrics.jsonl", resume_at=self.engine.steps_done if resume else None,
+                          tensorboard=self.tensorboard)
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return self._loop(metrics, fresh=not resume)
+        finally:
+            metrics.close()
+            for which, handler in previous.items():
+                signal.signal(which, handler)
+
+    def _loop(self, metrics: Metrics, fresh: bool) -> bool:
+        """All the steps that are left."""
+        steps, started = self.config.steps, time.perf_counter()
+        if fresh:
+            self._look(metrics)
+        with bar("train", total=steps, unit="step", start=self.engine.steps_done) as progress:
+            while self.engine.steps_done < steps and not self._stop:
+                loss, norm, rate = self._step()
+                done, now = self.engine.steps_done, time.perf_counter()
+                tokens = self.config.batch_size * self.loader.context
+                metrics.write(done, loss=loss, lr=rate, grad_norm=norm, tokens=done * tokens,
+                              tokens_per_second=round(tokens / (now - started)))
+                started = now
+                if done % self.config.eval_every == 0 or done == steps or done in self.at:
+                    found = self._look(metrics)
+                    progress.set_postfix_str(f"train {loss:.3f}, validation {found['val_loss']:.3f}")
+                    started = time.perf_counter()
+                if done % self.config.checkpoint_every == 0 or done == steps or self._stop:
+                    self.save()
+                progress.update(1)
+        return self.engine.steps_done >= steps
+
+    def _step(self) -> tuple[float, float, float]:
+        """One optimizer step: its loss, gradient norm and learning rate. Weights stay as they were if it goes wrong."""
+        rate = self.engine.learning_rate
+        loss = float(self.engine.forward_backward(next(self.loader)))
+        norm = float(self.engine.clip(self.config.clip_norm))
+        if not (torch.isfinite(torch.tensor([loss, norm])).all()):
+            raise TrainingError(self._explain(loss, norm, rate))
+        self.engine.step()
+        return loss, norm, rate
+
+    def _look(self, metrics: Metrics) -> dict:
+        """Measure the validation loss, and do whatever is planned for this step."""
+        done = self.engine.steps_done
+        found = self.evaluate(None if done >= self.config.steps else self.config.eval_sequences)
+        metrics.write(done, **found)
+        if done in self.at:
+            metrics.write(done, **self.at[done]())
+        return found
+
+    def evaluate(self, sequences: int | None = None) -> dict:
+        """Validation loss in nats a token, and over the whole set (None) in bits a byte of its text too."""
+        nats, count = 0.0, 0
+        for batch in evaluation_batches(self.validation, self.config.microbatch_size or self.config.batch_size,
+                                        self.loader.context, sequences):
+            nats, count = nats + self.engine.evaluate(batch), count + batch.count
+        found = {"val_loss": nats / count, "val_tokens": count}
+        if sequences is None:
+            found["val_bits_per_byte"] = bits_per_byte(nats, self.validation.bytes)
+        return found
+
+    def save(self) -> Path:
+        """Write a checkpoint of this very moment, and remove the oldest."""
+        folder = self.run / f"step-{self.engine.steps_done:06d}"
+        notes = {"step": self.engine.steps_done, "model": asdict(self.engine.model.config),
+                 "train": asdict(self.config), "parallel": asdict(self.parallel), "loader": self.loader.state_dict()}
+        save_checkpoint(folder, self.engine.model, self.engine.state_dict(), notes,
+                        self.tokenizer.save if self.tokenizer else None)
+        prune(self.run, self.config.keep)
+        return folder
+
+    def restore(self, folder: Path) -> None:
+        """Take back weights, optimizer, random state and the loader's position.
+
+        Raises: CheckpointError when it is incomplete or of another configuration (naming the fields that differ).
+        """
+        checkpoint = load_checkpoint(folder)
+        self._check_same(checkpoint.folder, checkpoint.notes)
+        weights = load_pretrained(folder, dtype=self.engine.model.embed.weight.dtype).state_dict()
+        self.engine.model.load_state_dict(weights)
+        self.engine.load_state_dict(checkpoint.tensors)
+        self.loader.load_state_dict(checkpoint.notes["loader"])
+
+    def _check_same(self, folder: Path, notes: dict) -> None:
+        """A checkpoint of another run must not be continued by accident."""
+        asked = {"model": self.engine.model.config, "train": self.config, "parallel": self.parallel}
+        differing = []
+        for part, config in asked.items():
+            for field, value in asdict(config).items():
+                value = list(value) if isinstance(value, tuple) else value
+                saved = notes[part].get(field)
+                if saved != value and not (part == "train" and field in FREE_TO_CHANGE):
+                    differing.append(f"{part}.{field} was {saved!r} and is now {value!r}")
+        if differing:
+            raise CheckpointError(f"{folder} belongs to another configuration: {'; '.join(differing)}. Give the same "
+                                  f"options to go on, or start afresh with --fresh or another --out.")
+
+    def _on_signal(self, number: int, frame) -> None:
+        """Remember to stop after this step; a second signal does what it always does."""
+        self._stop = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        say(f"{self._stop.name}: finishing this step, then saving.")
+
+    def _explain(self, loss: float, norm: float, rate: float) -> str:
+        """What to do about a loss that is no number."""
+        last = latest_checkpoint(self.run)
+        saved = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
+        return (f"step {self.engine.steps_done + 1}: the loss is {loss} and the gradient norm {norm}. The weights were "
+                f"not updated. {saved} Try a lower --train.lr (it was {rate:.2g}), a longer --train.warmup-steps, or a "
+                f"smaller --train.clip-norm; with bf16, try --train.precision fp32.")

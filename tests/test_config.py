@@ -1,0 +1,87 @@
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from minillm.config import ModelConfig, ParallelConfig, TrainConfig, from_dict
+from minillm.model.transformer import Transformer
+
+TINY = ModelConfig(vocab_size=31, layers=2, width=24, heads=4, context=16, ffn_width=40)
+
+# One change of every field that must show in the weights or the logits, from a base where it can.
+FLIPS = {
+    "vocab_size": 37, "layers": 3, "width": 32, "heads": 2, "kv_heads": 2, "head_dim": 8, "ffn_width": 48,
+    "norm": "layer", "norm_eps": 0.5, "mlp": "relu", "pos": "learned", "rope_theta": 100.0,
+    "bias": ("qkv", "out", "mlp", "norm", "head"), "tied": False, "init_std": 0.5, "init_residual": False,
+}
+
+
+def fingerprint(config: ModelConfig) -> tuple:
+    """Everything that two models can differ in: names, shapes and logits on fixed ids, with large random weights."""
+    model = Transformer(config, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(20)
+    logits = model(torch.arange(12)[None] % 31)[..., :31]
+    return tuple((n, tuple(p.shape)) for n, p in model.named_parameters()), tuple(logits.flatten().tolist())
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(ModelConfig) if f.name != "context"])
+def test_every_field_changes_the_model(field):
+    assert fingerprint(TINY) != fingerprint(replace(TINY, **{field: FLIPS[field]}))
+
+
+def test_context_sizes_the_table_of_learned_positions():
+    learned = replace(TINY, pos="learned")
+    assert fingerprint(learned) != fingerprint(replace(learned, context=20))
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(width=100, heads=3), ["width 100", "3 heads", "2 or 4"]),
+    (dict(heads=12, width=96, kv_heads=5), ["12 query heads", "5 KV heads", "4 or 6"]),
+    (dict(head_dim=7), ["head size 7", "odd", "head_dim = 8"]),
+    (dict(layers=0), ["layers = 0", "at least 1"]),
+    (dict(norm="rsm"), ["'rsm'", "'rms'"]),
+    (dict(bias=("qvk",)), ["'qvk'", "'qkv'"]),
+    (dict(kv_heads=0), ["kv_heads = 0"]),
+    (dict(rope_theta=-1.0), ["rope_theta = -1.0"]),
+])
+def test_impossible_models_are_refused_with_both_numbers(changes, words):
+    with pytest.raises(ValueError) as error:
+        replace(TINY, **changes)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(batch_size=16, microbatch_size=5), ["16", "5", "4 or 8"]),
+    (dict(steps=0), ["steps = 0"]),
+    (dict(lr=0.0), ["lr = 0.0"]),
+    (dict(beta2=1.0), ["beta2 = 1.0"]),
+    (dict(min_lr=2.0), ["min_lr = 2.0"]),
+    (dict(precision="fp8"), ["'fp8'"]),
+])
+def test_impossible_training_is_refused(changes, words):
+    with pytest.raises(ValueError) as error:
+        TrainConfig(**changes)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_unknown_key_suggests_the_nearest():
+    with pytest.raises(ValueError, match="no field 'kv_head'. Did you mean 'kv_heads'"):
+        from_dict(ModelConfig, {"kv_head": 2})
+    assert from_dict(ModelConfig, {"bias": ["qkv"]}).bias == ("qkv",)
+
+
+def test_parallel_config_multiplies_its_axes():
+    assert ParallelConfig(dp=4).world_size == 4
+    with pytest.raises(ValueError, match="dp = 0"):
+        ParallelConfig(dp=0)
+
+
+def test_gated_default_width_keeps_the_parameters_of_a_plain_layer():
+    for width in (96, 768, 4096):
+        gated, plain = ModelConfig(width=width, mlp="swiglu"), ModelConfig(width=width, mlp="gelu")
+        # three matrices of 8C/3 against two of 4C; rounding up to a multiple of 8 adds less than 8 columns
+        assert 0 <= 3 * gated.ffn_size - 2 * plain.ffn_size < 3 * 8

@@ -1,0 +1,1 @@
+"""From bytes to token ids: cleaning, and byte-level BPE."""

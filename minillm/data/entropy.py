@@ -10,7 +10,7 @@ Left out: rules that lead back to themselves.
 from collections.abc import Iterable
 from functools import cache
 
-from minillm.data.grammar import Draw, Grammar, Note, Option, Rule, Sum, Write, value
+from minillm.data.grammar import NUMBERS, Draw, Grammar, Note, Option, Rule, Sum, Write, value
 
 Spread = tuple[tuple[float, Option], ...]
 
@@ -23,26 +23,27 @@ def expected(grammar: Grammar) -> tuple[float, float]:
     return _Expectation(grammar).option(grammar.start.options)
 
 
-def clashes(grammar: Grammar, room: int = 40) -> list[str]:
+def clashes(grammar: Grammar, room: int = 60) -> list[str]:
     """Pairs of options that might begin with the same text; empty proves that every text has one derivation.
 
-    Two options of a rule are told apart if, among all the texts that each may begin with (to `room` characters), none
-    of the one is the beginning of one of the other. If that holds at every choice, a reader who goes from left to
+    The options of a rule are followed together, letter by letter, as long as two of them can still write the same.
+    If they part at every choice (within `room` letters, and before one of them ends), a reader who goes from left to
     right knows each choice from the text that follows, so two derivations never write the same text.
     """
-    opening = _Openings(grammar, room)
+    reader = _Letters(grammar)
     found = []
     for rule in grammar.rules.values():
-        owners: dict[str, int] = {}
-        for place, option in enumerate(rule.options):
-            for lead in opening.form(option.form):
-                if owners.setdefault(lead, place) != place:
-                    found.append(f"{rule.name}: options {owners[lead]} and {place} both begin {lead!r}")
-        for lead, place in owners.items():
-            for cut in range(len(lead)):
-                if owners.get(lead[:cut], place) != place:
-                    found.append(f"{rule.name}: option {owners[lead[:cut]]} {lead[:cut]!r} begins option "
-                                 f"{place} {lead!r}")
+        together = [("", {place: {reader.begin(option.form)} for place, option in enumerate(rule.options)})]
+        while together:
+            read, options = together.pop()
+            following: dict[str, dict[int, set]] = {}
+            for place, rests in options.items():
+                for letter, rest in (step for rest in rests for step in reader.steps(rest)):
+                    following.setdefault(letter, {}).setdefault(place, set()).add(rest)
+            if len(options) > 1 and ("" in following or len(read) >= room):
+                found.append(f"{rule.name}: options {sorted(options)} can all begin with {read!r}")
+            else:
+                together += [(read + letter, group) for letter, group in following.items() if len(group) > 1]
     return found
 
 
@@ -148,37 +149,44 @@ class _Expectation:
         return tuple(sorted(facts))
 
 
-class _Openings:
-    """The first `room` characters of everything that can be written (or more: facts count as independent here)."""
+class _Letters:
+    """What may be written letter by letter. What remains to be written is a chain (part, rest), None at the end.
 
-    def __init__(self, grammar: Grammar, room: int):
-        self.grammar, self.room = grammar, room
-        self.rule = cache(self._rule)
+    Facts count as independent here, so more is possible than the grammar really writes: a clash may be a false alarm,
+    but none is missed.
+    """
+
+    def __init__(self, grammar: Grammar):
+        self.grammar = grammar
         self.fact = cache(self._fact)
+        self.steps = cache(self._steps)
 
-    def form(self, form: tuple) -> set[str]:
-        """All openings of a sequence of symbols."""
-        openings = {""}
-        for symbol in form:
-            if all(len(opening) >= self.room for opening in openings):
-                break
-            if not isinstance(symbol, Note):
-                texts = self._texts(symbol)
-                openings = {(opening + text)[:self.room] for opening in openings for text in texts}
-        return openings
+    def begin(self, form: tuple, rest: tuple | None = None) -> tuple | None:
+        """The chain of a form in front of another chain."""
+        for part in reversed(form):
+            rest = (part, rest)
+        return rest
 
-    def _texts(self, symbol: str | Draw | Write | Sum) -> set[str]:
-        if isinstance(symbol, str):
-            return {symbol}
-        if isinstance(symbol, Draw):
-            return set().union(*(self.rule(target) for target in targets(self.grammar, symbol)))
-        if isinstance(symbol, Write):
-            return {value(symbol, {symbol.fact: option}) for option in self.fact(symbol.fact)
-                    if symbol.field in option.fields}
-        return {value(symbol, {symbol.a: a, symbol.b: b}) for a in self.fact(symbol.a) for b in self.fact(symbol.b)}
+    def _steps(self, chain: tuple | None) -> frozenset[tuple[str, tuple | None]]:
+        """Every (next letter, what remains after it); ("", None) at the end."""
+        if chain is None:
+            return frozenset({("", None)})
+        part, rest = chain
+        if isinstance(part, str):
+            return frozenset({(part[0], (part[1:], rest) if part[1:] else rest)})
+        if isinstance(part, Draw):
+            ways = [self.begin(option.form, rest) for rule in targets(self.grammar, part) for option in rule.options]
+        elif isinstance(part, Note):
+            ways = [rest]
+        else:
+            ways = [(text, rest) for text in self._texts(part)]
+        return frozenset(step for way in ways for step in self.steps(way))
 
-    def _rule(self, rule: Rule) -> set[str]:
-        return set().union(*(self.form(option.form) for option in rule.options))
+    def _texts(self, symbol: Write | Sum) -> set[str]:
+        """Everything that a symbol without a choice might write."""
+        if isinstance(symbol, Sum):
+            return set(NUMBERS)
+        return {value(symbol, {symbol.fact: option}) for option in self.fact(symbol.fact) if symbol.field in option.fields}
 
     def _fact(self, fact: str) -> list[Option]:
         """Every option that may be remembered under this name."""

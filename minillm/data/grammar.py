@@ -24,7 +24,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-           "seventeen eighteen nineteen twenty").split()
+           "seventeen eighteen nineteen twenty twenty-one twenty-two twenty-three twenty-four").split()
 
 
 class GrammarError(ValueError):
@@ -174,7 +174,7 @@ class Grammar:
     def _compile(self, text: str, rule: str) -> tuple:
         """An option's text into literals and symbols."""
         form, place = [], 0
-        text = re.sub(r" ?¶ ?", "\n", text)
+        text = re.sub(r" ?¶ ?", "\n", re.sub(r" ({\w+:\w+})", r"\1", text))  # a note leaves no space behind
         while place < len(text):
             if text[place] == "{":
                 end = text.index("}", place)

@@ -1,1 +1,1 @@
-"""From bytes to token ids: cleaning, and byte-level BPE."""
+"""From text to token ids and back: cleaning, byte-level BPE, and the file formats around it."""

@@ -1,286 +1,328 @@
-"""Byte-level BPE: text -> pieces (a regular expression) -> bytes -> merges, lowest rank first -> token ids.
+"""The byte-level BPE tokenizer: text to ids and back, for every string and every sequence of bytes.
 
-Every byte is a token, so there is no unknown text, and decoding gives back exactly the bytes that were encoded. A
-token's id is its rank: the lower, the earlier it was learned and the sooner it is merged, which is tiktoken's rule and
-file format. Saved in the format of Hugging Face's tokenizers. Training is in bpe_train.
+Text is split by a pattern into words, a word is its UTF-8 bytes, and neighbouring tokens are joined as long as some
+join is in the vocabulary, the one with the lowest rank first. bpe_train learns the ranks, tokenizer_json knows the
+file format; this file applies the ranks. The same ranks, pattern and special tokens give the ids of tiktoken.
+Source: arXiv:1508.07909 §3.2, on bytes as in GPT-2. Left out: adding tokens to a trained vocabulary, and cleaning
+(see clean), because decoding gives back exactly what was encoded.
 """
 
 import hashlib
 import heapq
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
+from typing import Literal
 
 import regex
 import tiktoken
 
 from minillm.files import write_atomically
-from minillm.text.bpe_train import BYTE_ORDER, PRINTABLE, count_words, splitter, train_merges
+from minillm.text import tokenizer_json
+from minillm.text.bpe_train import BYTE_ORDER, count_words, learn_merges
+from minillm.text.clean import repair_surrogates
 
-# Reserved from the start, so that a model pretrained today can be taught to talk later.
 CHAT_TOKENS = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
-# How text is cut before merging: no token crosses such a cut. A word takes the space before it along.
 PATTERNS = {
+    # An English ending; a space with letters, digits or other signs; spaces (the last one goes with the next word).
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-              r"|\s+$|\s*[\r\n]|\s+(?!\S)|\s",
+    # Endings in capitals too; any one sign before letters; digits by threes; line ends go with the signs before them.
+    "cl100k": (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
 }
-NUMBERS = {"gpt2": r" ?\p{N}+", "cl100k": r"\p{N}{1,3}"}
+_NUMBERS = {"gpt2": r" ?\p{N}+", "cl100k": r"\p{N}{1,3}"}  # the part of each pattern that split_digits replaces
 
-# How the file format spells bytes: printable ones as themselves, the others as characters from 256 on.
-SPELLING = {byte: chr(byte if byte in PRINTABLE else 256 + i - len(PRINTABLE)) for i, byte in enumerate(BYTE_ORDER)}
-UNSPELLING = {character: byte for byte, character in SPELLING.items()}
+# Letters, digits, signs, spaces, line ends, controls, a surrogate: what a pattern must not lose.
+_PROBE = "".join(map(chr, range(0x250))) + "中あ한а़\u0300٣²\u2003\u2028😀\u200d\ue000\udc80"
 
-CACHE_LIMIT = 200_000  # pieces; what is longer than CACHED_LENGTH characters seldom comes again
-CACHED_LENGTH = 48
+_CACHED_WORDS = 1 << 17  # words whose ids are remembered; some 250 bytes each, so about 32 MB at most
+_LONGEST_CACHED = 64  # characters; longer words hardly come twice
+
+
+def join_bytes(word: bytes, rank_of: Callable[[bytes], int | None]) -> list[bytes]:
+    """The tokens of one word: join the neighbours of lowest rank, the leftmost of equals, until none can be joined.
+
+    A queue holds the possible joins, so a word of N bytes takes about N log N steps, a million letters included.
+    """
+    size = len(word)
+    ends = list(range(1, size + 1))  # where the token that begins here ends; 0 once no token begins here
+    previous = list(range(-1, size - 1))  # where the token before it begins
+    queue = [(rank, at) for at in range(size - 1) if (rank := rank_of(word[at:at + 2])) is not None]
+    heapq.heapify(queue)
+    while queue:
+        rank, start = heapq.heappop(queue)
+        middle = ends[start]
+        if not 0 < middle < size or rank_of(word[start:ends[middle]]) != rank:
+            continue  # one of the two has been joined to another since
+        end = ends[start] = ends[middle]
+        ends[middle] = 0
+        if end < size:
+            previous[end] = start
+            if (rank := rank_of(word[start:ends[end]])) is not None:
+                heapq.heappush(queue, (rank, start))
+        before = previous[start]
+        if before >= 0 and (rank := rank_of(word[before:end])) is not None:
+            heapq.heappush(queue, (rank, before))
+    tokens, start = [], 0
+    while start < size:
+        tokens.append(word[start:ends[start]])
+        start = ends[start]
+    return tokens
 
 
 class BPETokenizer:
-    """ranks: every token's bytes and its id; pattern: the regular expression of the pre-split; special_tokens: names
-    and ids that text does not produce unless it is allowed to.
+    """Ranks (token bytes -> id), a pattern that splits text into words, and special tokens (text -> id).
 
-    Raises: ValueError when a byte has no token, or two tokens share an id.
+    `pattern` is a name in PATTERNS or a regular expression of the `regex` module that matches every character.
+    Raises: ValueError for ranks without all 256 bytes, an id given twice, or a pattern that loses text.
     """
 
-    def __init__(self, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]):
-        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-        if missing:
-            raise ValueError(f"byte {missing[0]} and {len(missing) - 1} others have no token: a byte-level vocabulary "
-                             f"holds all 256 bytes.")
-        self.ranks, self.pattern, self.special_tokens = dict(ranks), pattern, dict(special_tokens)
-        self._bytes = {number: token for token, number in ranks.items()}
-        self._bytes |= {number: name.encode() for name, number in special_tokens.items()}
-        if len(self._bytes) != len(ranks) + len(special_tokens):
-            raise ValueError(f"{len(ranks) + len(special_tokens)} tokens share {len(self._bytes)} ids: every token "
-                             f"needs its own.")
-        self._split = splitter(pattern)
-        self._cache: dict[str, list[int]] = {}
+    def __init__(self, ranks: Mapping[bytes, int], pattern: str, special_tokens: Mapping[str, int]):
+        self.ranks = dict(ranks)
+        self.special_tokens = dict(special_tokens)
+        self.pattern = PATTERNS.get(pattern, pattern)
+        _check_vocabulary(self.ranks, self.special_tokens)
+        _check_pattern(self.pattern)
+        self._bytes_of_id = {i: token for token, i in self.ranks.items()}
+        self._bytes_of_id |= {i: token.encode() for token, i in self.special_tokens.items()}
+        self._find_words = regex.compile(self.pattern).findall
+        self._ids_of_word = _WordCache(self.ranks)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, pattern: str = "gpt2", split_digits: bool = False,
-              special_tokens: Collection[str] = CHAT_TOKENS, workers: int = 1) -> "BPETokenizer":
-        """Learn a vocabulary of `vocab_size` tokens: 256 bytes, merges, and the special tokens at the end.
+              special_tokens: Sequence[str] = CHAT_TOKENS, workers: int = 1) -> "BPETokenizer":
+        """Learn a vocabulary: 256 bytes, then merges by rank, then the special tokens, `vocab_size` ids in all.
 
-        A text with too few pairs gives a smaller vocabulary; `vocab_size` of the result says so.
-        pattern: a name in PATTERNS, or a regular expression.   split_digits: every digit is a piece of its own, so
-        that numbers are spelled and can be computed with.   workers: processes that count words.
-        Raises: ValueError for an empty text, or a vocabulary without room for the bytes.
+        A text too small to have that many merges gives fewer; the tokenizer's own `vocab_size` says how many.
+        split_digits makes each digit a word of its own (without the space before it), so that numbers line up.
+        Special tokens written out in the texts are learned from like any other text.
+        Raises: ValueError when vocab_size has no room for bytes and special tokens, or when there is no text.
         """
-        smallest = 256 + len(special_tokens)
-        if vocab_size < smallest:
-            raise ValueError(f"a vocabulary of {vocab_size} is too small: the 256 bytes and {len(special_tokens)} special "
-                             f"tokens alone need {smallest}. Ask for more, for example 1024.")
-        cut = _pattern(pattern, split_digits)
-        words = count_words(texts, cut, workers)
+        if isinstance(texts, str):
+            raise ValueError("texts is a single string, which would be read letter by letter: give a list, [text].")
+        specials = list(special_tokens)
+        if len(set(specials)) < len(specials):
+            raise ValueError(f"special_tokens = {specials}: a token is given twice.")
+        merges = vocab_size - 256 - len(specials)
+        if merges < 0:
+            raise ValueError(f"vocab_size = {vocab_size} is below {256 + len(specials)}: 256 bytes and {len(specials)} "
+                             f"special tokens come first. Ask for at least that many, or give fewer special_tokens.")
+        pattern = _split_digits(pattern) if split_digits else PATTERNS.get(pattern, pattern)
+        _check_pattern(pattern)
+        words = count_words(texts, pattern, workers)
         if not words:
-            raise ValueError("there is no text to learn a vocabulary from: the corpus is empty.")
-        merges = train_merges(words, vocab_size - len(special_tokens))
-        ranks = {bytes([byte]): number for number, byte in enumerate(BYTE_ORDER)}
-        for left, right in merges:
-            ranks.setdefault(left + right, len(ranks))
-        return cls(ranks, cut, {name: len(ranks) + i for i, name in enumerate(special_tokens)})
+            raise ValueError("There is no text to learn from: texts is empty, or each text in it is. (An iterator "
+                             "that was read before is empty too: make a new one.)")
+        tokens = [bytes([byte]) for byte in BYTE_ORDER]
+        for left, right in learn_merges(words, merges):
+            tokens.append(tokens[left] + tokens[right])
+        return cls({token: i for i, token in enumerate(tokens)}, pattern,
+                   {token: len(tokens) + n for n, token in enumerate(specials)})
+
+    @classmethod
+    def from_gpt2_files(cls, encoder_json: str | Path, vocab_bpe: str | Path) -> "BPETokenizer":
+        """GPT-2's own two files. Raises: ValueError when the merges of one are not the ranks of the other."""
+        vocab = json.loads(Path(encoder_json).read_text(encoding="utf-8"))
+        lines = Path(vocab_bpe).read_text(encoding="utf-8").splitlines()
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        specials = {token: i for token, i in vocab.items() if token == "<|endoftext|>"}
+        return cls(tokenizer_json.ranks_of(vocab, merges, specials), "gpt2", specials)
+
+    # Text to ids
+
+    def encode(self, text: str | bytes, *, allowed_special: Collection[str] | Literal["all"] = ()) -> list[int]:
+        """The ids of a text. Bytes need not be UTF-8; in a str, half a surrogate pair becomes U+FFFD.
+
+        Special tokens written in the text count as such only if allowed: what a user types cannot end a turn.
+        Raises: ValueError for an allowed token that this tokenizer does not have.
+        """
+        text = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else repair_surrogates(text)
+        allowed = self._allowed(allowed_special)
+        if not allowed:
+            return self._encode_ordinary(text)
+        longest_first = sorted(allowed, key=len, reverse=True)
+        parts = regex.split(f"({'|'.join(map(regex.escape, longest_first))})", text)
+        ids = self._encode_ordinary(parts[0])
+        for special, ordinary in zip(parts[1::2], parts[2::2], strict=True):
+            ids.append(self.special_tokens[special])
+            ids.extend(self._encode_ordinary(ordinary))
+        return ids
+
+    def encode_batch(self, texts: Iterable[str], *, allowed_special: Collection[str] | Literal["all"] = (),
+                     threads: int = 1) -> list[list[int]]:
+        """`encode` for each of many texts, by tiktoken: the same ids in about a third of the time."""
+        allowed = set(self._allowed(allowed_special))
+        return self.to_tiktoken().encode_batch(list(texts), num_threads=threads, allowed_special=allowed,
+                                               disallowed_special=())
+
+    def _allowed(self, allowed_special: Collection[str] | Literal["all"]) -> Collection[str]:
+        """The special tokens to look for."""
+        if allowed_special == "all":
+            return self.special_tokens.keys()
+        allowed = [allowed_special] if isinstance(allowed_special, str) else allowed_special
+        unknown = [token for token in allowed if token not in self.special_tokens]
+        if unknown:
+            raise ValueError(f"allowed_special has {', '.join(map(repr, unknown))}, but this tokenizer's special "
+                             f"tokens are {', '.join(self.special_tokens) or 'none'}.")
+        return allowed
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        """The ids of a text without special tokens, word by word."""
+        return list(chain.from_iterable(map(self._ids_of_word.__getitem__, self._find_words(text))))
+
+    # Ids to text
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the ids, exactly. Raises: ValueError for an id that no token has."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)  # a tensor's or array's entries are no dict keys
+        try:
+            return b"".join(map(self._bytes_of_id.__getitem__, ids))
+        except KeyError:
+            return b"".join(map(self.token_bytes, ids))  # names the wrong one
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one id stands for. Raises: ValueError for an id that no token has."""
+        if token_id not in self._bytes_of_id:
+            raise ValueError(f"No token has the id {token_id}: this vocabulary has {len(self._bytes_of_id):,} tokens "
+                             f"with ids from 0 to {self.vocab_size - 1}. Were the ids made by another tokenizer?")
+        return self._bytes_of_id[token_id]
+
+    # What it is
 
     @property
     def vocab_size(self) -> int:
-        """Ids that a model needs rows for: the highest id plus one."""
-        return max(self._bytes) + 1
+        """The highest id plus one: the rows that an embedding needs."""
+        return max(self._bytes_of_id) + 1
 
     @property
     def end_of_text(self) -> int:
-        """The id of <|endoftext|>. Raises: ValueError when the tokenizer has none."""
+        """The id of <|endoftext|>. Raises: ValueError if there is none."""
         if "<|endoftext|>" not in self.special_tokens:
-            raise ValueError(f"this tokenizer has no <|endoftext|> among its special tokens {sorted(self.special_tokens)}.")
+            raise ValueError(f"This tokenizer has no <|endoftext|>; its special tokens are "
+                             f"{', '.join(self.special_tokens) or 'none'}. Train one with it in special_tokens.")
         return self.special_tokens["<|endoftext|>"]
 
     @cached_property
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """The pairs that make each token, in the order in which they were learned."""
-        learned = []
-        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
-            if len(token) > 1:
-                parts = self._merge(token, below=rank)
-                if len(parts) == 2:
-                    learned.append((parts[0], parts[1]))
-        return learned
+        """The two tokens that each longer token was joined from, by rank.
+
+        They follow from the ranks: whatever is joined before a token's own rank leaves exactly its two parts.
+        """
+        return [_parts(token, rank, self.ranks) for token, rank in sorted(self.ranks.items(), key=itemgetter(1))
+                if len(token) > 1]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies pattern, tokens and ids: token files carry it, so that they are not read by another tokenizer."""
-        content = [self.pattern, sorted(self.special_tokens.items()), sorted((n, t.hex()) for t, n in self.ranks.items())]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        """64 hex digits that change with any rank, the pattern or a special token; token shards carry them."""
+        tokens = [[token.hex(), i] for token, i in sorted(self.ranks.items())]
+        specials = sorted(self.special_tokens.items())
+        return hashlib.sha256(json.dumps([tokens, self.pattern, specials]).encode()).hexdigest()
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token. Raises: ValueError for an id outside the vocabulary."""
-        try:
-            return self._bytes[token]
-        except KeyError:
-            raise ValueError(f"token id {token} is not in this vocabulary of {self.vocab_size}.") from None
+    def __repr__(self) -> str:
+        return f"BPETokenizer({len(self.ranks):,} tokens and {len(self.special_tokens)} special ones)"
 
-    def encode(self, text: str | bytes, *, allowed_special: Collection[str] = ()) -> list[int]:
-        """Token ids of a text, or of any bytes. Special tokens count only if allowed: a set of names, or "all".
+    def __reduce__(self):
+        return BPETokenizer, (self.ranks, self.pattern, self.special_tokens)
 
-        Lone surrogates, which are no text, become U+FFFD, as in tiktoken. Raises: ValueError for unknown names.
-        """
-        text = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else _without_surrogates(text)
-        if not allowed_special:
-            return self._encode_ordinary(text)
-        allowed = set(self.special_tokens) if allowed_special == "all" else set(allowed_special)
-        if unknown := allowed - set(self.special_tokens):
-            raise ValueError(f"{sorted(unknown)} are no special tokens; there are {sorted(self.special_tokens)}.")
-        ids = []
-        for part in regex.split("(" + "|".join(regex.escape(name) for name in sorted(allowed, reverse=True)) + ")", text):
-            ids += [self.special_tokens[part]] if part in allowed else self._encode_ordinary(part)
-        return ids
+    # To and from others
 
-    def encode_batch(self, texts: list[str], workers: int = 1) -> list[list[int]]:
-        """The same ids for many texts, through tiktoken."""
-        return self._tiktoken.encode_ordinary_batch(texts, num_threads=workers)
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that the tokens stand for. Raises: ValueError for an id outside the vocabulary."""
-        try:
-            return b"".join([self._bytes[i] for i in ids])
-        except KeyError as unknown:
-            raise ValueError(f"token id {unknown} is not in this vocabulary of {self.vocab_size}.") from None
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of the tokens; bytes that are no UTF-8 (half a character) show as U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def to_tiktoken(self, name: str = "minillm") -> tiktoken.Encoding:
-        """The same tokenizer in tiktoken: identical ids at the speed of Rust."""
-        return tiktoken.Encoding(name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special_tokens)
+    def to_tiktoken(self) -> tiktoken.Encoding:
+        """A tiktoken encoding with the same ids, made once."""
+        return self._tiktoken
 
     @cached_property
     def _tiktoken(self) -> tiktoken.Encoding:
-        return self.to_tiktoken()
+        return tiktoken.Encoding(f"minillm-{self.fingerprint[:12]}", pat_str=self.pattern, mergeable_ranks=self.ranks,
+                                 special_tokens=self.special_tokens)
 
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json into a folder (or to a path ending in .json), in Hugging Face's format."""
-        write_atomically(_file(path), json.dumps(self._as_json(), ensure_ascii=False, indent=1))
+        """Write tokenizer.json into a folder, or a file with another name if `path` ends in .json; whole or not at all."""
+        content = tokenizer_json.to_json(self.ranks, self.merges, self.pattern, self.special_tokens)
+        write_atomically(_file(path), json.dumps(content, ensure_ascii=False, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> "BPETokenizer":
-        """Read a tokenizer.json of byte-level BPE. Raises: FileNotFoundError; ValueError when it is something else."""
-        file = _file(path)
-        if not file.exists():
-            raise FileNotFoundError(f"{file} does not exist: there is no tokenizer in {file.parent}.")
-        try:
-            about = json.loads(file.read_text(encoding="utf-8"))
-            special = {t["content"]: t["id"] for t in about["added_tokens"]}
-            ranks = {bytes(UNSPELLING[c] for c in token): number for token, number in about["model"]["vocab"].items()
-                     if token not in special}
-            return cls(ranks, _pattern_of(about), special)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} is no byte-level BPE tokenizer that can be used here ({error!r}). "
-                             f"Copy it again if it is cut short, or choose another.") from None
+        """Read what `save` wrote, or another byte-level BPE in Hugging Face's format.
 
-    def _encode_ordinary(self, text: str) -> list[int]:
-        """Pieces, each looked up or merged."""
-        ids, cache = [], self._cache
-        for piece in self._split(text):
-            known = cache.get(piece)
-            if known is None:
-                known = self._encode_piece(piece)
-            ids += known
-        return ids
-
-    def _encode_piece(self, piece: str) -> list[int]:
-        data = piece.encode("utf-8", "surrogateescape")
-        ids = [self.ranks[data]] if data in self.ranks else [self.ranks[part] for part in self._merge(data)]
-        if len(piece) <= CACHED_LENGTH:
-            if len(self._cache) >= CACHE_LIMIT:
-                self._cache.clear()
-            self._cache[piece] = ids
-        return ids
-
-    def _merge(self, data: bytes, below: float = float("inf")) -> list[bytes]:
-        """Merge bytes, always the pair of lowest rank, leftmost first, while that rank is under `below`.
-
-        A heap of candidates and links between neighbours make it N log N: a megabyte without a space takes seconds.
+        Raises: FileNotFoundError; ValueError for a file that is cut, or whose ids this tokenizer would not give.
         """
-        ranks, end = self.ranks, len(data)
-        parts = [data[i:i + 1] for i in range(end)]
-        before, after = list(range(-1, end - 1)), list(range(1, end + 1))
-        heap = []
-        for i in range(end - 1):
-            rank = ranks.get(data[i:i + 2])
-            if rank is not None and rank < below:
-                heap.append((rank, i, 2))
-        heapq.heapify(heap)
-        while heap:
-            rank, left, length = heapq.heappop(heap)
-            right = after[left]
-            # The note is out of date if one of the two has been merged since: the lengths tell.
-            if not parts[left] or right >= end or len(parts[left]) + len(parts[right]) != length:
-                continue
-            parts[left] += parts[right]
-            parts[right] = b""
-            after[left] = after[right]
-            if after[left] < end:
-                before[after[left]] = left
-            for first, second in ((before[left], left), (left, after[left])):
-                if first >= 0 and second < end:
-                    joined = parts[first] + parts[second]
-                    found = ranks.get(joined)
-                    if found is not None and found < below:
-                        heapq.heappush(heap, (found, first, len(joined)))
-        return [part for part in parts if part]
-
-    def _as_json(self) -> dict:
-        """The content of tokenizer.json. Every way to make a token is a merge there, so that rank alone decides."""
-        spell = {token: "".join(SPELLING[b] for b in token) for token in self.ranks}
-        merges = []
-        for token in sorted(self.ranks, key=self.ranks.__getitem__):
-            ways = [(token[:i], token[i:]) for i in range(1, len(token))]
-            ways = [(a, b) for a, b in ways if a in self.ranks and b in self.ranks]
-            merges += sorted(ways, key=lambda way: (self.ranks[way[0]], self.ranks[way[1]]))
-        special = [{"id": number, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                    "normalized": False, "special": True} for name, number in self.special_tokens.items()]
-        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-                "post_processor": None, "decoder": byte_level | {"use_regex": True},
-                "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                          "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                          "vocab": {spell[token]: number for token, number in self.ranks.items()},
-                          "merges": [[spell[a], spell[b]] for a, b in merges]}}
+        return cls(*tokenizer_json.read(_file(path), PATTERNS["gpt2"]))
 
 
-def _pattern(name: str, split_digits: bool) -> str:
-    """A named pattern, or a regular expression as it is."""
-    if name not in PATTERNS:
-        if split_digits:
-            raise ValueError(f"split_digits works with the patterns {sorted(PATTERNS)}; write it into your own.")
-        return name
-    return PATTERNS[name].replace(NUMBERS[name], r"\p{N}") if split_digits else PATTERNS[name]
+class _WordCache(dict):
+    """Word -> ids, filled as words are met, emptied when it is full: words of a language repeat, so this is most of the speed."""
+
+    def __init__(self, ranks: dict[bytes, int]):
+        super().__init__()
+        self.ranks = ranks
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        data, ranks = word.encode("utf-8", "surrogateescape"), self.ranks  # escapes stand for bytes that were no UTF-8
+        ids = (ranks[data],) if data in ranks else tuple(map(ranks.__getitem__, join_bytes(data, ranks.get)))
+        if len(word) <= _LONGEST_CACHED:
+            if len(self) >= _CACHED_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
 
 
-def _pattern_of(about: dict) -> str:
-    """The pre-split of a tokenizer.json, whose text must otherwise go in unchanged."""
-    if about["model"]["type"] != "BPE" or about["normalizer"] is not None:
-        raise ValueError(f"model {about['model']['type']!r}, normalizer {about['normalizer']!r}")
-    steps = about["pre_tokenizer"].get("pretokenizers", [about["pre_tokenizer"]])
-    if [s["type"] for s in steps] == ["ByteLevel"] and steps[0]["use_regex"] and not steps[0]["add_prefix_space"]:
-        return PATTERNS["gpt2"]
-    if [s["type"] for s in steps] == ["Split", "ByteLevel"] and not steps[1]["use_regex"]:
-        return steps[0]["pattern"]["Regex"]
-    raise ValueError(f"pre-tokenizer {[s['type'] for s in steps]}")
+def _parts(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens that the joins before `rank` leave of `token`."""
+    parts = join_bytes(token, lambda pair: earlier if (earlier := ranks.get(pair, rank)) < rank else None)
+    if len(parts) != 2:
+        raise ValueError(f"The token {token!r} (id {rank}) is made of {len(parts)} tokens of lower rank, {parts}: no "
+                         f"merge of two gives it, so these ranks cannot be written as merges.")
+    return parts[0], parts[1]
 
 
-def _without_surrogates(text: str) -> str:
-    """Text that UTF-8 can say: pairs of surrogates become the character they mean, lone ones U+FFFD."""
+def _split_digits(pattern: str) -> str:
+    """The named pattern with each digit a word of its own."""
+    if pattern not in _NUMBERS:
+        raise ValueError(f"split_digits knows the patterns {', '.join(_NUMBERS)}; in one of your own ({pattern!r}) "
+                         f"write \\p{{N}} where numbers are matched.")
+    return PATTERNS[pattern].replace(_NUMBERS[pattern], r"\p{N}")
+
+
+def _check_pattern(pattern: str) -> None:
+    """Refuse a pattern that is none, or that loses text: what it does not match would vanish without a word."""
     try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        compiled = regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"pattern = {pattern!r} is neither one of {', '.join(PATTERNS)} nor a regular expression: "
+                         f"{error}.") from error
+    if compiled.groups:
+        raise ValueError(f"pattern = {pattern!r} has a group that captures: write (?:...) instead of (...).")
+    lost = set(_PROBE) - set("".join(compiled.findall(_PROBE)))
+    if lost:
+        raise ValueError(f"pattern = {pattern!r} does not match {sorted(lost)[:8]}, so encoding would lose them. Add "
+                         f"an alternative for what is left, such as |. with (?s).")
+
+
+def _check_vocabulary(ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
+    """Refuse a vocabulary that some text cannot be written in, or whose ids are ambiguous."""
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(f"{len(missing)} of the 256 single bytes have no id, first byte {missing[0]}: a byte-level "
+                         f"tokenizer needs them all, to write any text.")
+    owner: dict[int, bytes | str] = {}
+    for token, i in chain(ranks.items(), special_tokens.items()):
+        if i < 0 or i in owner:
+            raise ValueError(f"The token {token!r} has the id {i}, " + ("which is negative." if i < 0 else
+                             f"which {owner[i]!r} has too: ids must differ."))
+        if not token:
+            raise ValueError(f"The token of id {i} is empty: it would match everywhere.")
+        owner[i] = token
 
 
 def _file(path: str | Path) -> Path:
-    """tokenizer.json of a folder, or the path itself."""
+    """The file that a folder or a file name means."""
     path = Path(path)
     return path if path.suffix == ".json" else path / "tokenizer.json"

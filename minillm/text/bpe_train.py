@@ -1,224 +1,237 @@
-"""Learning BPE merges: again and again, join the pair of neighbouring symbols that occurs most often.
+"""Learning byte-level BPE's merges: which two neighbouring tokens become one, 9,738 times over.
 
-`count_pairs` and `merge_pair` are the whole idea, and `train_naive` is the loop around them: it reads every word for
-every merge. `train_merges` gives the same merges in time that follows the number of different words: it counts each
-word once, remembers which words hold each pair, and after a merge looks only at those. Ties go to the lower pair of
-ids, the bytes being numbered in GPT-2's order, as in Hugging Face's tokenizers: the same text gives the same merges.
-Source: arXiv:1508.07909.
+`count_pairs`, `merge_pair` and `naive_merges` are the idea in a dozen lines: count every pair of neighbours, merge
+the most frequent one everywhere, start again. `learn_merges` learns the same merges some thousand times faster,
+because it never starts again: a merge changes only the counts of the pairs beside it, and it knows where they are.
+
+Both work on unique words with their counts, so time grows with the words that a text has, not with its length. Ids 0
+to 255 are the bytes in GPT-2's order (those that print first, see BYTE_ORDER) and id 256 + n is the n-th merge.
+Between equally frequent pairs the one with the lower ids wins, first its left then its right token: Hugging Face's
+trainer does the same in the same order of bytes, so the merges are the same too.
+Source: arXiv:1508.07909 §3.2. Left out: limits on the length of tokens or on the least count of a pair.
 """
 
+import gc
 import heapq
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from itertools import islice, pairwise
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
+from operator import add
 
 import regex
 
-from minillm.progress import track
+from minillm.progress import bar, track
+from minillm.text.clean import repair_surrogates
 
 Pair = tuple[int, int]
 
-# GPT-2 numbers the 256 bytes by printability: first those that show as a character, then the others.
-PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-BYTE_ORDER = (*PRINTABLE, *(byte for byte in range(256) if byte not in PRINTABLE))
-BYTE_ID = {byte: number for number, byte in enumerate(BYTE_ORDER)}
+_PRINTING = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+BYTE_ORDER = bytes(_PRINTING + [byte for byte in range(256) if byte not in _PRINTING])
+"""The byte of each of the first 256 ids: bytes that are a visible character in Latin-1, then the other 68."""
+_ID_OF_BYTE = bytes(BYTE_ORDER.index(byte) for byte in range(256))
+
+# A pair is kept as one integer, left << 20 | right: it hashes faster than a tuple and sorts in the same order.
+_BITS = 20
+_NO_TOKEN = (1 << _BITS) - 1
+_BATCH = 4_000_000  # characters that a worker counts at a time: much more than it costs to send them
 
 
-def count_pairs(ids: Sequence[int]) -> Counter[Pair]:
-    """How often each two neighbours occur: [1, 2, 3, 1, 2] -> {(1, 2): 2, (2, 3): 1, (3, 1): 1}."""
-    return Counter(pairwise(ids))
+# The idea, in full ---------------------------------------------------------------------------------------------------
+
+def count_pairs(words: Mapping[tuple[int, ...], int]) -> Counter[Pair]:
+    """How often each two ids stand side by side, in words that each occur as often as their count says."""
+    pairs = Counter()
+    for word, count in words.items():
+        for pair in zip(word, word[1:]):
+            pairs[pair] += count
+    return pairs
 
 
-def merge_pair(ids: Sequence[int], pair: Pair, new: int) -> list[int]:
-    """Replace each occurrence of `pair`, from left to right, by `new`: [1, 1, 1], (1, 1) -> [new, 1]."""
-    merged, i = [], 0
-    while i < len(ids):
-        if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
-            merged.append(new)
-            i += 2
+def merge_pair(ids: Sequence[int], pair: Pair, new_id: int) -> tuple[int, ...]:
+    """`ids` with `new_id` wherever `pair` stood; from left to right, so that (1, 1) turns 1 1 1 into new 1."""
+    merged, at = [], 0
+    while at < len(ids):
+        if tuple(ids[at:at + 2]) == tuple(pair):
+            merged.append(new_id)
+            at += 2
         else:
-            merged.append(ids[i])
-            i += 1
-    return merged
+            merged.append(ids[at])
+            at += 1
+    return tuple(merged)
 
 
-def train_naive(words: Counter[bytes], merges: int) -> list[tuple[bytes, bytes]]:
-    """The idea in ten lines, for reading and for testing the fast one. Cost: every word, for every merge."""
-    symbols, ids = [bytes([b]) for b in BYTE_ORDER], {word: [BYTE_ID[b] for b in word] for word in words}
-    learned = []
-    for _ in range(merges):
-        counts = Counter()
-        for word, count in words.items():
-            for pair, times in count_pairs(ids[word]).items():
-                counts[pair] += times * count
-        if not counts:
-            break
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        left, right = (symbols[i] for i in best)
-        new = _number(left + right, symbols)
-        ids = {word: merge_pair(old, best, new) for word, old in ids.items()}
-        learned.append((left, right))
+def naive_merges(words: Mapping[str, int], merges: int) -> list[Pair]:
+    """The merges by recounting everything before each: what `learn_merges` must equal, at seconds per merge."""
+    split = Counter({tuple(word.encode().translate(_ID_OF_BYTE)): count for word, count in words.items()})
+    learned: list[Pair] = []
+    while len(learned) < merges and (pairs := count_pairs(split)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        split = {merge_pair(word, best, 256 + len(learned)): count for word, count in split.items()}
+        learned.append(best)
     return learned
 
 
-def splitter(pattern: str) -> Callable[[str], list[str]]:
-    """The function that cuts a text into pieces. Pieces are the same for every text, but Python's own `re` cuts one
-    that is all ASCII in half the time, given the pattern in ASCII's letters, digits and spaces.
+# Words ---------------------------------------------------------------------------------------------------------------
+
+def count_words(texts: Iterable[str], pattern: str, workers: int = 1) -> Counter[str]:
+    """How often each word (each match of `pattern`) occurs. Merges never cross from one word into the next.
+
+    workers > 1 counts in that many new processes; their start takes longer than counting some 50 MB does.
+    Raises: ValueError if workers < 1; RuntimeError if the processes cannot start.
     """
-    plain = pattern
-    for unicode, ascii in ((r"\p{L}\p{N}]", "A-Za-z0-9]"), (r"[^\s", r"[^\t-\r "), (r"\p{L}", "[A-Za-z]"),
-                           (r"\p{N}", "[0-9]"), (r"\s", r"[\t-\r ]"), (r"\S", r"[^\t-\r ]")):
-        plain = plain.replace(unicode, ascii)
-    full = regex.compile(pattern).findall
-    if r"\p{" in plain:
-        return full
-    quick = re.compile(plain, re.ASCII).findall
-    return lambda text: quick(text) if text.isascii() else full(text)
+    if workers < 1:
+        raise ValueError(f"workers = {workers}: must be at least 1 (1 counts in this process).")
+    texts = track(texts, "count words", unit="text")
+    return _count_batch(texts, pattern) if workers == 1 else _count_in_processes(texts, pattern, workers)
 
 
-def count_words(texts: Iterable[str], pattern: str, workers: int = 1) -> Counter[bytes]:
-    """How often each piece of the pre-split occurs, as UTF-8 bytes.
-
-    workers: processes that split in parallel. Starting them costs about a second, so it pays from some 20 MB on.
-    """
-    total: Counter[str] = Counter()
-    if workers <= 1:
-        split = splitter(pattern)
-        for text in track(texts, "count words", unit="text"):
-            total.update(split(text))
-    else:
-        jobs = ((list(batch), pattern) for batch in _batches(texts, 1_000))
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for counted in track(pool.map(_count_batch, jobs), "count words", unit="batch"):
-                total.update(counted)
-    words: Counter[bytes] = Counter()
-    for word, count in total.items():
-        words[word.encode("utf-8", "replace")] += count
+def _count_batch(texts: Iterable[str], pattern: str) -> Counter[str]:
+    """The words of some texts, counted here."""
+    words, find = Counter(), regex.compile(pattern).findall
+    for text in texts:
+        words.update(find(repair_surrogates(text)))
     return words
 
 
-def train_merges(words: Counter[bytes], vocab_size: int) -> list[tuple[bytes, bytes]]:
-    """The merges that grow 256 bytes to `vocab_size` tokens, or all there are if the text gives fewer.
-
-    Each symbol is held as one character, chr(id): a word is then a string, and `str.replace` merges a pair, from left
-    to right, at C's speed; a pair is a string of two characters, and strings compare as pairs of ids do.
-    """
-    symbols, known = [bytes([b]) for b in BYTE_ORDER], {bytes([b]): i for i, b in enumerate(BYTE_ORDER)}
-    table = {byte: chr(number) for byte, number in BYTE_ID.items()}
-    spelled = [word.decode("latin-1").translate(table) for word in words]
-    often = list(words.values())
-    counts, places = _index(spelled, often)
-    heap = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(heap)
-    learned = []
-    for _ in track(range(vocab_size - len(symbols)), "learn merges", unit="merge"):
-        pair = _most_frequent(heap, counts)
-        while pair is not None:
-            left, right = symbols[ord(pair[0])], symbols[ord(pair[1])]
-            learned.append((left, right))
-            fresh = left + right not in known
-            new = known.setdefault(left + right, len(symbols))
-            changed = _merge_everywhere(pair, chr(new), spelled, often, counts, places)
-            for touched in changed:
-                heapq.heappush(heap, (-counts[touched], touched))
-            if fresh:
-                symbols.append(left + right)
-                break
-            pair = _most_frequent(heap, counts)  # another way to spell a known token: it fills no place
-        if pair is None:
-            break
-    return learned
+def _count_in_processes(texts: Iterable[str], pattern: str, workers: int) -> Counter[str]:
+    """The words of all texts, counted in batches by processes that share nothing (spawned: safe on every system)."""
+    words: Counter[str] = Counter()
+    waiting: list[Future[Counter[str]]] = []
+    try:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            for batch in _batches(texts):
+                waiting.append(pool.submit(_count_batch, batch, pattern))
+                if len(waiting) > 2 * workers:  # enough to keep all busy, without holding the whole corpus
+                    words.update(waiting.pop(0).result())
+            for counted in waiting:
+                words.update(counted.result())
+    except BrokenProcessPool as error:
+        raise RuntimeError(f"The {workers} counting processes could not start or died. In a script, call this under "
+                           f"`if __name__ == \"__main__\":`, because each process imports the script again; or use "
+                           f"workers=1.") from error
+    return words
 
 
-def _index(spelled: list[str], often: list[int]) -> tuple[dict[str, int], dict[str, list[int]]]:
-    """How often each pair occurs in the text, and in which words."""
-    counts: dict[str, int] = {}
-    places: dict[str, list[int]] = {}
-    for number, word in enumerate(spelled):
-        count = often[number]
-        for i in range(len(word) - 1):
-            pair = word[i:i + 2]
-            if pair in counts:
-                counts[pair] += count
-                places[pair].append(number)
-            else:
-                counts[pair] = count
-                places[pair] = [number]
-    return counts, places
-
-
-def _most_frequent(heap: list, counts: dict[str, int]) -> str | None:
-    """Take the most frequent pair off the heap. Its counts may be out of date: then put it back with the true one."""
-    while heap:
-        count, pair = heapq.heappop(heap)
-        actual = counts.get(pair, 0)
-        if actual == -count:
-            return pair
-        if 0 < actual < -count:
-            heapq.heappush(heap, (-actual, pair))
-    return None
-
-
-def _merge_everywhere(pair: str, new: str, spelled: list[str], often: list[int], counts: dict[str, int],
-                      places: dict[str, list[int]]) -> set[str]:
-    """Merge `pair` in the words that hold it and keep the counts true. Returns the pairs that became more frequent."""
-    changed = set()
-    del counts[pair]
-    for number in places.pop(pair):
-        word = spelled[number]
-        at = word.find(pair)
-        if at < 0:
-            continue  # an old note: an earlier merge has taken one of its symbols, or the word is listed twice
-        spelled[number] = merged = word.replace(pair, new)
-        count = often[number]
-        if len(word) - len(merged) > 1:  # several occurrences, which may touch: count the whole word anew
-            lost = [word[i:i + 2] for i in range(len(word) - 1)]
-            won = [merged[i:i + 2] for i in range(len(merged) - 1)]
-        else:  # one occurrence: only its neighbours change
-            lost, won = [], []
-            if at:
-                lost.append(word[at - 1:at + 1])
-                won.append(merged[at - 1:at + 1])
-            if at + 1 < len(merged):
-                lost.append(word[at + 1:at + 3])
-                won.append(merged[at:at + 2])
-        for old in lost:
-            if old in counts:
-                counts[old] -= count
-        for born in won:
-            if born in counts:
-                counts[born] += count
-                places[born].append(number)
-            else:
-                counts[born] = count
-                places[born] = [number]
-            changed.add(born)
-    counts.pop(pair, None)
-    return changed
-
-
-def _count_batch(job: tuple[list[str], str]) -> Counter[str]:
-    """One process's share of the counting."""
-    texts, pattern = job
-    split = splitter(pattern)
-    counted: Counter[str] = Counter()
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of texts with at least _BATCH characters each, but for the last."""
+    batch, size = [], 0
     for text in texts:
-        counted.update(split(text))
-    return counted
-
-
-def _batches(items: Iterable[str], size: int) -> Iterable[list[str]]:
-    """Lists of `size` items."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch
 
 
-def _number(token: bytes, symbols: list[bytes]) -> int:
-    """The id of a token, which gets the next one if it is new."""
-    if token not in symbols:
-        symbols.append(token)
-    return symbols.index(token)
+# The trainer ---------------------------------------------------------------------------------------------------------
+
+def learn_merges(words: Mapping[str, int], merges: int) -> list[Pair]:
+    """The pairs of ids to merge, the most frequent first; fewer than asked when no two tokens stand together any more.
+
+    Cost: each of the places where two bytes of a unique word meet is merged at most once; the rest is the queue.
+    Raises: ValueError if the ids would pass 2^20 - 2.
+    """
+    if 256 + merges > _NO_TOKEN:
+        raise ValueError(f"{merges:,} merges: this trainer's ids end at {_NO_TOKEN - 1:,}. Learn at most "
+                         f"{_NO_TOKEN - 256:,} merges.")
+    learned: list[Pair] = []
+    with bar("learn merges", total=merges, unit="merge") as progress, _collector_paused():
+        pairs = _Pairs(words)
+        while len(learned) < merges and (pair := pairs.most_frequent()) is not None:
+            pairs.merge(pair)
+            learned.append((pair >> _BITS, pair & _NO_TOKEN))
+            progress.update()
+    return learned
+
+
+class _Pairs:
+    """All unique words, the pairs of neighbours in them, and where each pair is.
+
+    `row` has a symbol for each byte of the words, and _NO_TOKEN around each word. A token writes its id on its first
+    and on its last byte, so both tokens can be read at the place where they meet. `places` has, for each pair, all
+    places where it came to meet; a place whose tokens have been merged since is noticed when the pair's turn comes.
+    """
+
+    def __init__(self, words: Mapping[str, int]):
+        self.lengths = [1] * 256  # bytes in each token
+        self.row, self.weights = [_NO_TOKEN], [0]  # weights: how often the word at this place occurs
+        for word, count in words.items():
+            symbols = word.encode().translate(_ID_OF_BYTE)
+            self.row.extend(symbols)
+            self.row.append(_NO_TOKEN)
+            self.weights.extend([count] * (len(symbols) + 1))
+        self.places = _meeting_places(self.row)
+        self.counts = {pair: sum(map(self.weights.__getitem__, at)) for pair, at in self.places.items()}
+        self.queue = [_entry(pair, count) for pair, count in self.counts.items()]
+        heapq.heapify(self.queue)
+
+    def most_frequent(self) -> int | None:
+        """Take the pair with the highest count. Counts only fall, so an entry that is too high goes back corrected."""
+        while self.queue:
+            entry = heapq.heappop(self.queue)
+            pair = entry & ((1 << 2 * _BITS) - 1)
+            count = self.counts[pair]
+            if entry == _entry(pair, count):
+                return pair
+            if count:
+                heapq.heappush(self.queue, _entry(pair, count))
+        return None
+
+    def merge(self, pair: int) -> None:
+        """Write the next id wherever `pair` stands, and bring the pairs beside it up to date."""
+        left, right, row = pair >> _BITS, pair & _NO_TOKEN, self.row
+        left_length, right_length, new = self.lengths[left], self.lengths[right], len(self.lengths)
+        self.lengths.append(left_length + right_length)
+        before, after = defaultdict(list), defaultdict(list)  # neighbour -> places where it meets the new token
+        for place in self.places.pop(pair):  # ascending, so a run like aaa is merged from its left
+            if row[place] == right and row[place - 1] == left:
+                start, end = place - left_length, place + right_length
+                row[place] = _NO_TOKEN  # no token begins here any more
+                row[start] = row[end - 1] = new
+                before[row[start - 1]].append(start)
+                after[row[end]].append(end)
+        for neighbours in before, after:
+            neighbours.pop(_NO_TOKEN, None)
+        for neighbour, at in after.items():
+            self._replace(right << _BITS | neighbour, new << _BITS | neighbour, at)
+        for neighbour, at in before.items():  # second: in abab the neighbour may be the new token, met just above
+            self._replace(neighbour << _BITS | left, neighbour << _BITS | new, at)
+
+    def _replace(self, old: int, new: int, at: list[int]) -> None:
+        """At these places the pair `new` has taken the place of the pair `old`."""
+        count = sum(map(self.weights.__getitem__, at))
+        self.counts[old] -= count
+        self.counts[new] = count
+        self.places[new] = at
+        heapq.heappush(self.queue, _entry(new, count))
+
+
+def _meeting_places(row: list[int]) -> dict[int, list[int]]:
+    """For each pair, the places where its right token begins, in ascending order."""
+    places = defaultdict(list)
+    lefts = map((1 << _BITS).__mul__, row)
+    for place, pair in enumerate(map(add, lefts, row[1:]), start=1):
+        places[pair].append(place)
+    return {pair: at for pair, at in places.items() if _NO_TOKEN not in (pair >> _BITS, pair & _NO_TOKEN)}
+
+
+def _entry(pair: int, count: int) -> int:
+    """An integer whose order in the queue is: the higher count first, then the lower pair."""
+    return pair - (count << 2 * _BITS)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without Python's search for reference cycles: there are none here, and looking through all lists takes time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,0 +1,144 @@
+"""tokenizer.json: the file in which Hugging Face's `tokenizers` keeps a tokenizer.
+
+The format describes a pipeline of many possible parts. We write the one for byte-level BPE (a pattern that splits, then
+bytes written as visible characters, then merges), so that `tokenizers` and `transformers` give the same ids; and we
+read back what gives the same ids here, refusing the rest by name: another model, a normalizer, tokens that swallow
+the spaces around them. What a file adds around a text (post_processor) is not read: `encode` adds nothing.
+
+Left out: padding and truncation, which are the loader's work.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from minillm.text.bpe_train import BYTE_ORDER
+
+# A JSON key must be text, so GPT-2 writes each byte as a character: itself if it is a visible one in Latin-1, else the
+# next free character from U+0100 on. A space becomes Ġ, a line end Ċ.
+_CHARACTERS = [chr(byte) for byte in BYTE_ORDER[:188]] + [chr(256 + n) for n in range(68)]
+_CHARACTER_OF_BYTE = dict(zip(BYTE_ORDER, _CHARACTERS, strict=True))
+_BYTE_OF_CHARACTER = {character: byte for byte, character in _CHARACTER_OF_BYTE.items()}
+
+Parts = tuple[dict[bytes, int], str, dict[str, int]]
+"""What BPETokenizer is made from: ranks, pattern, special tokens."""
+
+
+def to_json(ranks: Mapping[bytes, int], merges: Iterable[tuple[bytes, bytes]], pattern: str,
+            special_tokens: Mapping[str, int]) -> dict:
+    """The content of tokenizer.json. Raises: ValueError if a special token is spelled like an ordinary one."""
+    vocab = {visible(token): i for token, i in sorted(ranks.items(), key=lambda item: item[1])}
+    for token in special_tokens:
+        if token in vocab:
+            raise ValueError(f"The special token {token!r} is also how this file spells the ordinary token "
+                             f"{vocab[token]}, so it cannot hold both. Name it differently, such as <|{token}|>.")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": True} for token, i in special_tokens.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": vocab | dict(special_tokens),
+                  "merges": [f"{visible(left)} {visible(right)}" for left, right in merges]},
+    }
+
+
+def read(path: Path, gpt2_pattern: str) -> Parts:
+    """The parts of the tokenizer in a file.
+
+    Raises: FileNotFoundError; ValueError when it is no whole JSON, or no byte-level BPE whose ids we would give.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}. BPETokenizer.train(...).save(folder) writes one.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also a file that is not UTF-8
+        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is not whole JSON: {error}. "
+                         f"It was probably cut while it was written or copied: make or copy it again.") from error
+    try:
+        return from_json(content, gpt2_pattern)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def from_json(content: dict, gpt2_pattern: str) -> Parts:
+    """The parts of a tokenizer from the content of tokenizer.json. Raises: ValueError as `read`."""
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
+        kind = model.get("type", "of no type") if isinstance(model, dict) else "missing"
+        raise ValueError(f"not a byte-level BPE tokenizer (its model is {kind}). This class reads BPE with GPT-2's "
+                         f"bytes only; use the `tokenizers` package for others.")
+    _refuse("model.type", model.get("type", "BPE"), ("BPE",))
+    _refuse("normalizer", content.get("normalizer"), (None,))
+    for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        _refuse(f"model.{option}", model.get(option) or None, (None,))
+    for option in ("byte_fallback", "ignore_merges"):
+        _refuse(f"model.{option}", model.get(option, False), (False,))
+    specials = {}
+    for token in content.get("added_tokens") or ():
+        for option in ("single_word", "lstrip", "rstrip"):
+            _refuse(f"{option} of the added token {token['content']!r}", token.get(option, False), (False,))
+        specials[token["content"]] = token["id"]
+    pattern = _pattern(content.get("pre_tokenizer"), gpt2_pattern)
+    return ranks_of(model["vocab"], model["merges"], specials), pattern, specials
+
+
+def ranks_of(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]], specials: Mapping[str, int]) -> dict[bytes, int]:
+    """Token bytes -> id. Raises: ValueError when applying the merges in order is not the same as joining by lowest id."""
+    ranks = {hidden(token): i for token, i in vocab.items() if token not in specials}
+    last = -1
+    for number, merge in enumerate(merges):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        rank = ranks.get(hidden(left) + hidden(right), -1)
+        if rank <= last:
+            raise ValueError(f"merge {number} ({left} {right}) makes the token of id {rank}, after one of id {last}: "
+                             f"ids must rise with the order of merges, because this tokenizer joins by lowest id.")
+        last = rank
+    return ranks
+
+
+def visible(token: bytes) -> str:
+    """The token's bytes, each as a character that can be seen."""
+    return "".join(map(_CHARACTER_OF_BYTE.__getitem__, token))
+
+
+def hidden(token: str) -> bytes:
+    """The bytes behind such characters. Raises: ValueError for other characters."""
+    try:
+        return bytes(map(_BYTE_OF_CHARACTER.__getitem__, token))
+    except KeyError as error:
+        raise ValueError(f"not a byte-level BPE tokenizer: the token {token!r} has {error.args[0]!r}, which stands "
+                         f"for no byte.") from None
+
+
+def _pattern(pre_tokenizer: dict | None, gpt2_pattern: str) -> str:
+    """The splitting pattern of a pre-tokenizer that is ByteLevel, alone (it brings GPT-2's) or after a Split."""
+    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    kinds = [part["type"] if part else None for part in parts]
+    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
+        raise ValueError(f"its pre_tokenizer is {kinds}: ByteLevel alone or Split, then ByteLevel, is what this class "
+                         f"reads.")
+    _refuse("add_prefix_space", parts[-1].get("add_prefix_space", True), (False,))
+    _refuse("use_regex", parts[-1].get("use_regex", True), (len(parts) == 1,))
+    if len(parts) == 1:
+        return gpt2_pattern
+    split = parts[0]
+    _refuse("invert", split.get("invert", False), (False,))
+    _refuse("behavior", split.get("behavior"), ("Isolated",))
+    if "Regex" not in split["pattern"]:
+        raise ValueError(f"it splits by {split['pattern']}: only a Regex is read here.")
+    return split["pattern"]["Regex"]
+
+
+def _refuse(name: str, value: object, allowed: tuple) -> None:
+    """Stop at a setting under which the ids would be others."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, and this class reads only {allowed[0]!r}: the ids would be others.")

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -106,8 +107,9 @@ class Trainer:
     def evaluate(self, sequences: int | None = None) -> dict:
         """Validation loss in nats a token, and over the whole set (None) in bits a byte of its text too."""
         nats, count = 0.0, 0
-        for batch in evaluation_batches(self.validation, self.config.microbatch_size or self.config.batch_size,
-                                        self.loader.context, sequences):
+        size = self.config.microbatch_size or self.config.batch_size
+        most = None if sequences is None else -(-sequences // size)
+        for batch in islice(evaluation_batches(self.validation, size, self.loader.context), most):
             nats, count = nats + self.engine.evaluate(batch), count + batch.count
         found = {"val_loss": nats / count, "val_tokens": count}
         if sequences is None:

@@ -21,10 +21,9 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from operator import add
 
-import regex
-
 from minillm.progress import bar, track
 from minillm.text.clean import repair_surrogates
+from minillm.text.patterns import word_finder
 
 Pair = tuple[int, int]
 
@@ -90,7 +89,7 @@ def count_words(texts: Iterable[str], pattern: str, workers: int = 1) -> Counter
 
 def _count_batch(texts: Iterable[str], pattern: str) -> Counter[str]:
     """The words of some texts, counted here."""
-    words, find = Counter(), regex.compile(pattern).findall
+    words, find = Counter(), word_finder(pattern)
     for text in texts:
         words.update(find(repair_surrogates(text)))
     return words

@@ -94,5 +94,5 @@ def tidy_spaces(text: str, layout: Literal["prose", "code"] = "prose") -> str:
 
 
 def simplify_chinese(text: str) -> str:
-    """Traditional characters as simplified ones, for the few hundred of our own example table."""
+    """Traditional characters as simplified ones, for those of our own example table."""
     return text.translate(_SIMPLIFY)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from minillm.text.bpe_train import BYTE_ORDER
+from minillm.text.patterns import PATTERNS
 
 # A JSON key must be text, so GPT-2 writes each byte as a character: itself if it is a visible one in Latin-1, else the
 # next free character from U+0100 on. A space becomes Ġ, a line end Ċ.
@@ -51,7 +52,7 @@ def to_json(ranks: Mapping[bytes, int], merges: Iterable[tuple[bytes, bytes]], p
     }
 
 
-def read(path: Path, gpt2_pattern: str) -> Parts:
+def read(path: Path) -> Parts:
     """The parts of the tokenizer in a file.
 
     Raises: FileNotFoundError; ValueError when it is no whole JSON, or no byte-level BPE whose ids we would give.
@@ -64,12 +65,12 @@ def read(path: Path, gpt2_pattern: str) -> Parts:
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is not whole JSON: {error}. "
                          f"It was probably cut while it was written or copied: make or copy it again.") from error
     try:
-        return from_json(content, gpt2_pattern)
+        return from_json(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def from_json(content: dict, gpt2_pattern: str) -> Parts:
+def from_json(content: dict) -> Parts:
     """The parts of a tokenizer from the content of tokenizer.json. Raises: ValueError as `read`."""
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
@@ -87,12 +88,13 @@ def from_json(content: dict, gpt2_pattern: str) -> Parts:
         for option in ("single_word", "lstrip", "rstrip"):
             _refuse(f"{option} of the added token {token['content']!r}", token.get(option, False), (False,))
         specials[token["content"]] = token["id"]
-    pattern = _pattern(content.get("pre_tokenizer"), gpt2_pattern)
+    pattern = _pattern(content.get("pre_tokenizer"))
     return ranks_of(model["vocab"], model["merges"], specials), pattern, specials
 
 
-def ranks_of(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]], specials: Mapping[str, int]) -> dict[bytes, int]:
-    """Token bytes -> id. Raises: ValueError when applying the merges in order is not the same as joining by lowest id."""
+def ranks_of(vocab: Mapping[str, int], merges: Sequence[str | Sequence[str]],
+             specials: Mapping[str, int]) -> dict[bytes, int]:
+    """Token bytes -> id. Raises: ValueError when merging in the order of `merges` is not joining by lowest id."""
     ranks = {hidden(token): i for token, i in vocab.items() if token not in specials}
     last = -1
     for number, merge in enumerate(merges):
@@ -119,7 +121,7 @@ def hidden(token: str) -> bytes:
                          f"for no byte.") from None
 
 
-def _pattern(pre_tokenizer: dict | None, gpt2_pattern: str) -> str:
+def _pattern(pre_tokenizer: dict | None) -> str:
     """The splitting pattern of a pre-tokenizer that is ByteLevel, alone (it brings GPT-2's) or after a Split."""
     parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     kinds = [part["type"] if part else None for part in parts]
@@ -129,7 +131,7 @@ def _pattern(pre_tokenizer: dict | None, gpt2_pattern: str) -> str:
     _refuse("add_prefix_space", parts[-1].get("add_prefix_space", True), (False,))
     _refuse("use_regex", parts[-1].get("use_regex", True), (len(parts) == 1,))
     if len(parts) == 1:
-        return gpt2_pattern
+        return PATTERNS["gpt2"]
     split = parts[0]
     _refuse("invert", split.get("invert", False), (False,))
     _refuse("behavior", split.get("behavior"), ("Isolated",))

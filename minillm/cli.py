@@ -1,0 +1,230 @@
+"""The command line: `minillm doctor | data | tokenize | train | sample`.
+
+Each command is a dataclass, and tyro makes its options from the fields; the options of the model and of training are
+the fields of ModelConfig and TrainConfig. An error that the library explains is printed as one line, without a traceback.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from minillm.config import ModelConfig, ParallelConfig, TrainConfig
+from minillm.data.corpora import documents
+from minillm.data.prepare import DataConfig, Prepared, prepare
+from minillm.data.stories import entropy, expected_bytes
+from minillm.model.families import PRESETS, preset
+from minillm.progress import show_progress
+from minillm.text.bpe import BPETokenizer
+from minillm.train.checkpoint import latest_checkpoint
+from minillm.trainer import TrainingError
+
+PROMPT = "Once upon a time"
+
+
+@dataclass
+class Doctor:
+    """Say what this machine can do, and whether everything that the course needs is there."""
+
+    def run(self) -> int:
+        """Print the report; 1 when something is missing."""
+        from minillm.course.doctor import examine
+        lines, healthy = examine()
+        print("\n".join(lines))
+        return 0 if healthy else 1
+
+
+@dataclass
+class Data:
+    """Look at a source of text: how much it is, what is in it, what a perfect model would score on it."""
+
+    source: str = "stories"
+    """stories, python-docs, python-source or languages; a file, folder or glob; or hf:owner/name."""
+    size: int = 1_000_000
+    """Bytes to read at most."""
+    show: int = 1
+    """Documents to print."""
+    seed: int = 0
+    """Seed of generated text."""
+    out: Path | None = None
+    """Write the documents to this .txt file, a blank line between them."""
+
+    def run(self) -> int:
+        """Print what was found."""
+        found = list(documents(self.source, limit=self.size, seed=self.seed))
+        for document in found[:self.show]:
+            print(f"--- {document.name}\n{document.text}\n")
+        total = sum(len(d.text.encode("utf-8", "replace")) for d in found)
+        print(f"{self.source}: {len(found):,} documents, {total:,} bytes.")
+        if self.source == "stories":
+            print(f"True entropy: {entropy():.2f} nats a story of {expected_bytes():.1f} bytes, "
+                  f"{entropy() / expected_bytes() / math.log(2):.4f} bits a byte. No model can do better on average.")
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text("\n\n".join(d.text for d in found) + "\n", encoding="utf-8")
+            print(f"Written to {self.out}.")
+        return 0
+
+
+@dataclass
+class Tokenize:
+    """Train a tokenizer and write token shards; or, with --text, show how a text is cut into tokens."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    vocab_size: int = 1024
+    """Tokens in all: 256 bytes, the merges, and the chat tokens."""
+    out: Path = Path("data")
+    """The folder to write, or with --text the one whose tokenizer to use (a run works too)."""
+    text: str | None = None
+    """Show the tokens of this text instead of writing anything."""
+
+    def run(self) -> int:
+        """Print what was made, or the tokens."""
+        if self.text is not None:
+            tokenizer = _tokenizer_of(self.out)
+            ids = tokenizer.encode(self.text)
+            print(f"{len(ids)} tokens for {len(self.text.encode('utf-8', 'replace'))} bytes")
+            for number in ids:
+                print(f"{number:>6}  {tokenizer.token_bytes(number)!r}")
+            return 0
+        made = prepare(self.out, self.data, self.vocab_size)
+        print(describe(made))
+        return 0
+
+
+@dataclass
+class Train:
+    """Train a model: tokenizer, token shards, pretraining, samples and a report, all in one folder.
+
+    A folder with an unfinished run is resumed; a finished one is left alone, unless --fresh is given.
+    """
+
+    out: Path = Path("runs/first")
+    """The folder of the run."""
+    preset: Annotated[str, tyro.conf.arg(help_behavior_hint=f"(default: first; one of {', '.join(PRESETS)})")] = "first"
+    """The model to start from; --model.* then changes single fields."""
+    data: DataConfig = field(default_factory=DataConfig)
+    prepared: Path | None = None
+    """A data folder made by `minillm tokenize`, instead of making one in the run."""
+    model: ModelConfig = field(default_factory=lambda: preset("first"))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    resume: Path | None = None
+    """Go on from this checkpoint, not from the newest."""
+    fresh: bool = False
+    """Start over; what was in --out is kept beside it under another name."""
+    prompt: str = PROMPT
+    """What the samples begin with."""
+    tensorboard: bool = False
+    """Write TensorBoard's files too."""
+
+    def run(self) -> int:
+        """Do it all."""
+        from minillm.course.first_run import first_run
+        return first_run(self)
+
+
+@dataclass
+class Sample:
+    """Let a trained model write."""
+
+    run_or_folder: Annotated[Path, tyro.conf.Positional] = Path("runs/first")
+    """A run, one of its checkpoints, or any Hugging Face folder with a byte-level tokenizer.json."""
+    prompt: str = PROMPT
+    """What to write on from."""
+    max_new_tokens: int = 300
+    """Tokens to write at most."""
+    temperature: float = 0.8
+    """0 always takes the most likely token; 1 is the model's own distribution."""
+    top_k: int | None = None
+    """Choose among the k most likely tokens."""
+    top_p: float | None = None
+    """Choose among the most likely tokens that reach p together."""
+    min_p: float | None = None
+    """Choose among tokens at least this fraction as likely as the best."""
+    repetition_penalty: float = 1.0
+    """Above 1: what was said is said less again."""
+    stop: tuple[str, ...] = ()
+    """Stop before one of these strings."""
+    seed: int | None = None
+    """Repeat the same text."""
+    uncached: bool = False
+    """Read the whole text again for every token: the same tokens, slowly."""
+
+    def run(self) -> int:
+        """Print the text as it is written."""
+        from minillm.infer.generate import stream_text
+        from minillm.infer.sampling import Sampling
+        from minillm.model.huggingface import load_pretrained
+        folder = find_checkpoint(self.run_or_folder)
+        sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        model, tokenizer = load_pretrained(folder).eval(), _tokenizer_of(folder)
+        print(self.prompt, end="", flush=True)
+        for piece in stream_text(model, tokenizer, self.prompt, self.max_new_tokens, sampling=sampling, stop=self.stop,
+                                 seed=self.seed, cached=not self.uncached):
+            print(piece, end="", flush=True)
+        print()
+        return 0
+
+
+COMMANDS = {"doctor": Doctor, "data": Data, "tokenize": Tokenize, "train": Train, "sample": Sample}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Parse, run, and exit: 0 for success, 2 for a request that cannot be carried out, 3 for training gone wrong."""
+    args = sys.argv[1:] if args is None else args
+    show_progress()
+    try:
+        sys.exit(parse(args).run())
+    except TrainingError as error:
+        print(f"minillm: {error}", file=sys.stderr)
+        sys.exit(3)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"minillm: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(args: list[str]):
+    """The command that the arguments ask for. Unknown options end the program with the nearest known ones."""
+    if args[:1] == ["train"]:
+        start = Train(model=preset(_value_of("--preset", args, "first")))
+        return tyro.cli(Train, prog="minillm train", args=args[1:], default=start)
+    return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="minillm", args=args or ["--help"],
+                                                description="From raw text to a model that talks.")
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The newest whole checkpoint of a run, or the folder itself when it is a model.
+
+    Raises: FileNotFoundError when it is neither.
+    """
+    if (folder / "config.json").exists():
+        return folder
+    if whole := latest_checkpoint(folder):
+        return whole
+    raise FileNotFoundError(f"{folder} holds no checkpoint. Train one with: minillm train --out {folder}")
+
+
+def _tokenizer_of(folder: Path) -> BPETokenizer:
+    """The tokenizer of a data folder, a checkpoint or a run."""
+    return BPETokenizer.load(folder if (folder / "tokenizer.json").exists() else find_checkpoint(folder))
+
+
+def _value_of(option: str, args: list[str], default: str) -> str:
+    """An option's value before the arguments are parsed: the preset decides the defaults of all others."""
+    for place, word in enumerate(args):
+        if word == option and place + 1 < len(args):
+            return args[place + 1]
+        if word.startswith(option + "="):
+            return word.partition("=")[2]
+    return default
+
+
+def describe(data: Prepared) -> str:
+    """A data folder in two lines."""
+    train, val = data.train, data.val
+    return (f"{data.folder}: {data.tokenizer.vocab_size:,} tokens in the vocabulary; {train.tokens:,} to train on, "
+            f"{val.tokens:,} to validate.\n{train.bytes / train.tokens:.2f} bytes a token.")

@@ -1,0 +1,114 @@
+"""`minillm train`, and so `make run`: from raw text to a model that writes, with a report to show for it.
+
+Everything of a run is in one folder: data/, step-*/ (checkpoints), metrics.jsonl, loss.png, report.html.
+"""
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+from minillm.course.report import write_report
+from minillm.data.loader import Loader
+from minillm.data.prepare import DataConfig, Prepared, open_prepared, prepare
+from minillm.engine import Engine
+from minillm.infer.generate import stream_text
+from minillm.infer.sampling import Sampling
+from minillm.model.transformer import num_params
+from minillm.progress import say
+from minillm.train.checkpoint import checkpoints, latest_checkpoint
+from minillm.trainer import Trainer
+
+SAMPLE_TOKENS = 120
+
+
+def first_run(request) -> int:
+    """Carry out a `Train` request of the command line. Returns the exit code."""
+    run = Path(request.out)
+    if request.fresh:
+        _set_aside(run)
+    resume = _where_to_resume(run, request.resume)
+    data = _data(request, run)
+    model = _fitting(request.model, data)
+    engine = Engine(model, request.train, request.parallel)
+    loader = Loader(data.train, request.train.batch_size, model.context, seed=request.train.seed)
+    steps = request.train.steps
+    trainer = Trainer(engine, loader, data.val, run, parallel=request.parallel, tokenizer=data.tokenizer,
+                      tensorboard=request.tensorboard)
+    # Three looks at the same prompt: early, when words begin to form, and at the end.
+    for step in sorted({max(1, steps // 20), max(1, steps // 4), steps}):
+        trainer.at[step] = partial(_sample, engine, data, request.prompt, step)
+    say(f"{run}: {num_params(engine.model):,} parameters, {data.train.tokens:,} training tokens, {steps:,} steps of "
+        f"{request.train.batch_size * model.context:,} tokens on {engine.device}"
+        + (f", going on from {resume.name}" if resume else ""))
+    finished = trainer.train(resume=resume)
+    if not finished:
+        print(f"Stopped after step {engine.steps_done} and saved. Go on with the same command.")
+        return 0
+    notes = json.loads((latest_checkpoint(run) / "trainer.json").read_text())
+    _say_goodbye(run, write_report(run, data, notes, request.prompt))
+    return 0
+
+
+def _data(request, run: Path) -> Prepared:
+    """The run's own data, or a folder prepared before."""
+    if request.prepared is None:
+        return prepare(run / "data", request.data, request.model.vocab_size)
+    if request.data != DataConfig():
+        raise ValueError(f"--prepared {request.prepared} already says what the data is: leave the --data.* options out.")
+    return open_prepared(request.prepared)
+
+
+def _fitting(model, data: Prepared):
+    """The model, if its vocabulary holds the tokenizer's. A larger one is fine: its last rows are never used."""
+    if model.vocab_size < data.tokenizer.vocab_size:
+        raise ValueError(f"the model has {model.vocab_size:,} rows for tokens, but the tokenizer of {data.folder} has "
+                         f"{data.tokenizer.vocab_size:,} tokens. Use --model.vocab-size {data.tokenizer.vocab_size}.")
+    return model
+
+
+def _where_to_resume(run: Path, asked: Path | None) -> Path | None:
+    """The checkpoint to go on from: the one asked for, else the newest whole one of this folder."""
+    if asked is not None:
+        return asked
+    newest = latest_checkpoint(run)
+    broken = [folder for folder in checkpoints(run) if newest is None or folder.name > newest.name]
+    if broken:
+        say(f"{broken[-1]} is not whole and is passed over.")
+    return newest
+
+
+def _set_aside(run: Path) -> None:
+    """Give an old run another name, so that --fresh loses nothing."""
+    if run.exists():
+        number = 1
+        while (aside := run.with_name(f"{run.name}-before-{number}")).exists():
+            number += 1
+        run.rename(aside)
+        say(f"{run} was there: it is now {aside}.")
+
+
+def _sample(engine: Engine, data: Prepared, prompt: str, step: int) -> dict[str, str]:
+    """What the model writes now; the same seed every time, so that only the model differs."""
+    started = time.perf_counter()
+    engine.model.eval()
+    text = "".join(stream_text(engine.model, data.tokenizer, prompt, SAMPLE_TOKENS, sampling=Sampling(temperature=0.8),
+                               seed=0))
+    say(f"\n  step {step}: {prompt}{text}\n")
+    return {"sample": text, "sample_seconds": round(time.perf_counter() - started, 3)}
+
+
+def _say_goodbye(run: Path, summary: dict) -> None:
+    """What came out, and what to type next."""
+    best = f" (the best possible is {summary['floor']:.3f})" if "floor" in summary else ""
+    print(f"""
+Done. Validation loss {summary['first_loss']:.3f} -> {summary['final_loss']:.3f} nats per token{best}.
+
+  {run / 'report.html'}   the curve, the numbers, the samples: open it in a browser
+  {run / 'metrics.jsonl'}   every step's loss
+
+What next?
+  .venv/bin/minillm sample {run} --prompt "Once upon a time" --temperature 0.7
+  .venv/bin/minillm train --out runs/second --model.layers 6 --train.steps 300
+  make lab          the course, from its first page
+""".rstrip())

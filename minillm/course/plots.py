@@ -1,0 +1,59 @@
+"""One style for every figure: the Okabe-Ito colours, told apart by the colour-blind, and line styles for print.
+
+Helpers return the axes, so that a lesson can add to them.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+from cycler import cycler
+from matplotlib.axes import Axes
+
+# Okabe and Ito, "Color Universal Design" (2008), darkest first so that two lines differ in grey too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
+
+
+def use_style() -> None:
+    """Make the course's style matplotlib's default from here on."""
+    plt.rcParams.update({
+        "figure.figsize": (7.0, 3.6), "figure.dpi": 100, "savefig.dpi": 150, "savefig.bbox": "tight",
+        "figure.constrained_layout.use": True, "font.family": "DejaVu Sans", "font.size": 10.5,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#DDDDDD",
+        "axes.axisbelow": True, "axes.titleweight": "bold", "axes.titlelocation": "left", "lines.linewidth": 1.8,
+        "legend.frameon": False, "svg.hashsalt": "minillm",
+        "axes.prop_cycle": cycler(color=COLOURS) + cycler(linestyle=STYLES),
+    })
+
+
+def loss_curve(train: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]], *,
+               floor: float | None = None, start: float | None = None, title: str = "", ax: Axes | None = None) -> Axes:
+    """Training and validation loss over steps, as (step, nats a token) pairs.
+
+    floor: the best possible loss, drawn as a line with its name; start: the loss of a uniform guess.
+    """
+    ax = ax or plt.figure().gca()
+    ax.plot(*zip(*train, strict=True), color=COLOURS[5], linestyle="-", linewidth=1, label="train, each step")
+    ax.plot(*zip(*validation, strict=True), color=COLOURS[0], linestyle="-", marker="o", markersize=4, label="validation")
+    for level, name, style in ((start, "uniform guess", ":"), (floor, "best possible", "--")):
+        if level is not None:
+            ax.axhline(level, color=COLOURS[1], linestyle=style, linewidth=1.4)
+            ax.annotate(f"{name}: {level:.3f}", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                        color=COLOURS[1])
+    ax.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title, ylim=(0, None))
+    ax.legend(loc="upper right", bbox_to_anchor=(1, 0.9))
+    return ax
+
+
+def bars(names: Sequence[str], values: Sequence[float], *, unit: str = "", title: str = "", fmt: str = "{:,.3g}",
+         ax: Axes | None = None) -> Axes:
+    """Horizontal bars with each value written at its end, the first on top."""
+    ax = ax or plt.figure(figsize=(7.0, 0.42 * len(names) + 1.1)).gca()
+    drawn = ax.barh(range(len(names)), values, color=COLOURS[0])
+    ax.bar_label(drawn, labels=[fmt.format(value) for value in values], padding=4)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.margins(x=0.12)
+    ax.set(xlabel=unit, title=title)
+    return ax

@@ -105,7 +105,7 @@ class TrainConfig:
     """Sequences in one optimizer step, over all ranks."""
     microbatch_size: int | None = None
     """Sequences that go through the model at once; gradients are accumulated. None means the whole batch."""
-    lr: float = 4e-3
+    lr: float = 5e-3
     """Peak learning rate."""
     min_lr: float = 0.1
     """Final learning rate as a fraction of the peak."""
@@ -133,7 +133,7 @@ class TrainConfig:
     """Seed of the initial weights and of the order of the data."""
     eval_every: int = 50
     """Steps between measurements of the validation loss."""
-    eval_sequences: int = 256
+    eval_sequences: int = 128
     """Validation sequences measured each time; the last measurement uses the whole set."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""

@@ -60,8 +60,9 @@ def split(texts: Iterable[Document], val_fraction: float, seed: int = 0) -> tupl
     the order does not matter.
     """
     train, val = [], []
+    salt = seed.to_bytes(8, "little", signed=True)
     for document in texts:
-        digest = hashlib.blake2b(document.text.encode("utf-8", "replace"), digest_size=8, salt=seed.to_bytes(8, "little"))
+        digest = hashlib.blake2b(document.text.encode("utf-8", "replace"), digest_size=8, salt=salt)
         (val if int.from_bytes(digest.digest(), "little") < val_fraction * 2 ** 64 else train).append(document)
     return train, val
 
@@ -156,11 +157,20 @@ def _file(path: Path) -> Iterator[Document]:
     if path.suffix != ".jsonl":
         yield Document(text, str(path))
         return
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            yield Document(json.loads(line)["text"], f"{path}:{number}")
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: expected a JSON object with a \"text\", got {line[:60]!r}.") from None
+    for number, line in enumerate(text.split("\n"), 1):  # str.splitlines would also cut at U+2028, inside a JSON string
+        if line.strip():
+            yield Document(_text_of(line, f"{path}, line {number}"), f"{path}:{number}")
+
+
+def _text_of(line: str, where: str) -> str:
+    """The "text" of one line of a .jsonl."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ValueError(f"{where}: expected a JSON object with a \"text\", got {line[:60]!r}.")
+    return row["text"]
 
 
 def _hugging_face(name: str) -> Iterator[Document]:

@@ -16,7 +16,8 @@ import numpy as np
 from minillm.data.corpora import Document
 from minillm.progress import track
 
-PRIME = (1 << 61) - 1
+PIECE = 4096
+"""n-grams hashed at once: 4 MB at 128 hashes, however long the document."""
 
 
 def words_of(text: str) -> list[str]:
@@ -34,9 +35,13 @@ def signature(text: str, *, hashes: int = 128, n: int = 5, seed: int = 0) -> np.
     """MinHash: for each of `hashes` random functions the smallest value over the text's n-grams. Shape (hashes,)."""
     grams = np.array([_number(gram) for gram in _ngrams(text, n)] or [0], dtype=np.uint64)
     generator = np.random.Generator(np.random.PCG64(seed))
-    a, b = generator.integers(1, 1 << 31, (2, hashes), dtype=np.uint64)
-    # 32-bit values times 31-bit factors fit into 63 bits, so nothing wraps around before the remainder
-    return ((grams[:, None] * a + b) % np.uint64(PRIME)).min(axis=0)
+    # x -> a·x + b modulo 2^64 (uint64 wraps around), with a and x as wide as the modulus: a narrower product would
+    # hardly wrap, so all functions would keep the order of x and agree on which n-gram is the smallest
+    a, b = generator.integers(0, 1 << 64, (2, hashes), dtype=np.uint64)
+    smallest = np.full(hashes, np.iinfo(np.uint64).max)
+    for start in range(0, len(grams), PIECE):
+        smallest = np.minimum(smallest, (grams[start:start + PIECE, None] * (a | np.uint64(1)) + b).min(axis=0))
+    return smallest
 
 
 def found_chance(similarity: float, bands: int = 16, rows: int = 8) -> float:
@@ -76,5 +81,5 @@ def _ngrams(text: str, n: int) -> set[str]:
 
 
 def _number(gram: str) -> int:
-    """A 32-bit hash that is the same in every process."""
-    return int.from_bytes(hashlib.blake2b(gram.encode("utf-8", "replace"), digest_size=4).digest(), "little")
+    """A 64-bit hash that is the same in every process."""
+    return int.from_bytes(hashlib.blake2b(gram.encode("utf-8", "replace"), digest_size=8).digest(), "little")

@@ -94,8 +94,9 @@ class Note(NamedTuple):
 
 
 def article(text: str) -> str:
-    """`text` with "a" or "an" in front, chosen by its first letter."""
-    return ("an " if text[:1].lower() in "aeiou" else "a ") + text
+    """`text` with "a" or "an" in front, chosen by its first letter, unless that is an h that nobody hears."""
+    silent = text.lower().startswith(("honest", "honour", "hour", "heir"))
+    return ("an " if silent or text[:1].lower() in "aeiou" else "a ") + text
 
 
 def capital(text: str) -> str:

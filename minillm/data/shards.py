@@ -75,7 +75,8 @@ def write_shards(folder: str | Path, name: str, documents: Iterable[Document], t
                  shard_tokens: int = 100_000_000) -> list[Path]:
     """Tokenize documents into NAME-00000.bin, NAME-00001.bin, ..., each of about `shard_tokens` tokens at most.
 
-    Each file takes its name only when it is whole. Raises: ValueError when there is no document.
+    Each file takes its name only when it is whole. Older shards NAME-*.bin in the folder are replaced, all of them.
+    Raises: ValueError when there is no document.
     """
     folder, stream, paths = Path(folder), iter(documents), []
     kind = np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32
@@ -88,6 +89,9 @@ def write_shards(folder: str | Path, name: str, documents: Iterable[Document], t
             file.seek(0)
             file.write((MARK + json.dumps(asdict(header)).encode()).ljust(HEADER, b"\0"))
         paths.append(path)
+        if len(paths) == 1:  # from here on the folder holds the new text only, even if the next shard is never finished
+            for older in set(_paths(folder, name)) - {path}:
+                older.unlink()
     if not paths:
         raise ValueError(f"{folder / name}: there is no document to write.")
     return paths
@@ -98,9 +102,13 @@ def open_shards(folder: str | Path, name: str, tokenizer: BPETokenizer | None = 
 
     Raises: FileNotFoundError; ShardError for a truncated or foreign file, or another tokenizer's.
     """
-    paths = sorted(Path(folder).glob(f"{name}-[0-9]*.bin"))
+    paths = _paths(folder, name)
     if not paths:
         raise FileNotFoundError(f"{folder} has no {name}-*.bin. Make token shards with: minillm tokenize --out {folder}")
+    for number, path in enumerate(paths):
+        if path.name != f"{name}-{number:05d}.bin":
+            raise ShardError(f"{folder} has {path.name} but no {name}-{number:05d}.bin: a shard is missing. Copy it again, "
+                             f"or make all of them again with minillm tokenize.")
     headers = [_read_header(path) for path in paths]
     for path, header in zip(paths, headers, strict=True):
         if tokenizer is not None and header.tokenizer != tokenizer.fingerprint:
@@ -110,6 +118,11 @@ def open_shards(folder: str | Path, name: str, tokenizer: BPETokenizer | None = 
         if header.tokenizer != headers[0].tokenizer:
             raise ShardError(f"{path} and {paths[0]} were written by different tokenizers. Remove one of them.")
     return TokenShards(paths, headers)
+
+
+def _paths(folder: str | Path, name: str) -> list[Path]:
+    """The shards of this name, in order."""
+    return sorted(Path(folder).glob(f"{name}-{'[0-9]' * 5}.bin"))
 
 
 def _write_tokens(file, first: list[Document], stream: Iterator[Document], tokenizer: BPETokenizer, kind: type,

@@ -38,16 +38,20 @@ def stories(count: int, seed: int = 0) -> Iterator[Story]:
         yield Story(*grammar().write(uniform))
 
 
-@cache
 def entropy() -> float:
     """Nats of a story on average, exactly: no model's mean loss over many stories can be lower.
 
     Every text has one derivation (a test proves it), so this is the entropy of the text itself.
     """
-    return expected(grammar())[0]
+    return _expected()[0]
+
+
+def expected_bytes() -> float:
+    """UTF-8 bytes of a story on average, exactly."""
+    return _expected()[1]
 
 
 @cache
-def expected_bytes() -> float:
-    """UTF-8 bytes of a story on average, exactly."""
-    return expected(grammar())[1]
+def _expected() -> tuple[float, float]:
+    """(nats, bytes), summed once: it takes a second or two."""
+    return expected(grammar())

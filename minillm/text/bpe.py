@@ -1,10 +1,10 @@
 """The byte-level BPE tokenizer: text to ids and back, for every string and every sequence of bytes.
 
-Text is split by a pattern into words, a word is its UTF-8 bytes, and neighbouring tokens are joined as long as some
-join is in the vocabulary, the one with the lowest rank first. bpe_train learns the ranks, tokenizer_json knows the
-file format; this file applies the ranks. The same ranks, pattern and special tokens give the ids of tiktoken.
-Source: arXiv:1508.07909 §3.2, on bytes as in GPT-2. Left out: adding tokens to a trained vocabulary, and cleaning
-(see clean), because decoding gives back exactly what was encoded.
+Text is split by a pattern into words, a word is its UTF-8 bytes, and neighbouring tokens are joined while
+some join is in the vocabulary, the one with the lowest rank first. bpe_train learns the ranks and
+tokenizer_json knows the file format; this file applies the ranks. The same ranks, pattern and special tokens
+give the ids of tiktoken. Source: arXiv:1508.07909 §3.2, on bytes as in GPT-2. Left out: adding tokens to a
+trained vocabulary, and cleaning (see clean), because decoding gives back exactly what was encoded.
 """
 
 import hashlib
@@ -25,7 +25,8 @@ from minillm.files import write_atomically
 from minillm.text import tokenizer_json
 from minillm.text.bpe_train import BYTE_ORDER, count_words, learn_merges
 from minillm.text.clean import repair_surrogates
-from minillm.text.patterns import PATTERNS, split_pattern, word_finder
+from minillm.text.patterns import PATTERNS as PATTERNS  # its names are offered here too
+from minillm.text.patterns import split_pattern, word_finder
 
 CHAT_TOKENS = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -35,9 +36,9 @@ _LONGEST_FOR_TIKTOKEN = 500_000  # characters; its regular expressions give up o
 
 
 def join_bytes(word: bytes, rank_of: Callable[[bytes], int | None]) -> list[bytes]:
-    """The tokens of one word: join the neighbours of lowest rank, the leftmost of equals, until none can be joined.
+    """The tokens of one word: join the two of lowest rank, the leftmost of equals, while any can be joined.
 
-    A queue holds the possible joins, so a word of N bytes takes about N log N steps, a million letters included.
+    A queue holds the possible joins, so N bytes take about N log N steps, even a word of a million letters.
     """
     size = len(word)
     ends = list(range(1, size + 1))  # where the token that begins here ends; 0 once no token begins here
@@ -66,7 +67,7 @@ def join_bytes(word: bytes, rank_of: Callable[[bytes], int | None]) -> list[byte
 
 
 class BPETokenizer:
-    """Ranks (token bytes -> id), a pattern that splits text into words (see patterns), special tokens (text -> id).
+    """Ranks (token bytes -> id), a pattern that splits text (see patterns), and special tokens (text -> id).
 
     Raises: ValueError for ranks without all 256 bytes, an id given twice, or a pattern that loses text.
     """
@@ -78,33 +79,37 @@ class BPETokenizer:
         _check_vocabulary(self.ranks, self.special_tokens)
         self._bytes_of_id = {i: token for token, i in self.ranks.items()}
         self._bytes_of_id |= {i: token.encode() for token, i in self.special_tokens.items()}
+        self.vocab_size = max(self._bytes_of_id) + 1
+        """The highest id plus one: the rows that an embedding needs."""
         self._find_words = word_finder(self.pattern)
         self._ids_of_word = _WordCache(self.ranks)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, *, pattern: str = "gpt2", split_digits: bool = False,
-              special_tokens: Sequence[str] = CHAT_TOKENS, workers: int = 1) -> "BPETokenizer":
-        """Learn a vocabulary: 256 bytes, then merges by rank, then the special tokens, `vocab_size` ids in all.
+    def train(cls, texts: Iterable[str], vocab_size: int, *, pattern: str = "gpt2",
+              split_digits: bool = False, special_tokens: Sequence[str] = CHAT_TOKENS,
+              workers: int = 1) -> "BPETokenizer":
+        """Learn `vocab_size` ids in all: the 256 bytes, then merges by rank, then the special tokens.
 
         A text too small to have that many merges gives fewer; the tokenizer's own `vocab_size` says how many.
-        split_digits makes each digit a word of its own (without the space before it), so that numbers line up.
+        split_digits makes each digit a word of its own, without the space before it, so that numbers line up.
         Special tokens written out in the texts are learned from like any other text.
         Raises: ValueError when vocab_size has no room for bytes and special tokens, or when there is no text.
         """
         if isinstance(texts, str):
-            raise ValueError("texts is a single string, which would be read letter by letter: give a list, [text].")
+            raise ValueError("texts is one string, and would be read letter by letter: give a list, [text].")
         specials = list(special_tokens)
         if len(set(specials)) < len(specials):
             raise ValueError(f"special_tokens = {specials}: a token is given twice.")
         merges = vocab_size - 256 - len(specials)
         if merges < 0:
-            raise ValueError(f"vocab_size = {vocab_size} is below {256 + len(specials)}: 256 bytes and {len(specials)} "
-                             f"special tokens come first. Ask for at least that many, or give fewer special_tokens.")
+            raise ValueError(f"vocab_size = {vocab_size} is below {256 + len(specials)}: 256 bytes and "
+                             f"{len(specials)} special tokens need an id each. Ask for at least that many, "
+                             f"or give fewer special_tokens.")
         pattern = split_pattern(pattern, split_digits)
         words = count_words(texts, pattern, workers)
         if not words:
-            raise ValueError("There is no text to learn from: texts is empty, or each text in it is. (An iterator "
-                             "that was read before is empty too: make a new one.)")
+            raise ValueError("There is no text to learn from: texts is empty, or each text in it is. (An "
+                             "iterator that was read before is empty too: make a new one.)")
         tokens = [bytes([byte]) for byte in BYTE_ORDER]
         for left, right in learn_merges(words, merges):
             tokens.append(tokens[left] + tokens[right])
@@ -122,7 +127,8 @@ class BPETokenizer:
 
     # Text to ids
 
-    def encode(self, text: str | bytes, *, allowed_special: Collection[str] | Literal["all"] = ()) -> list[int]:
+    def encode(self, text: str | bytes, *,
+               allowed_special: Collection[str] | Literal["all"] = ()) -> list[int]:
         """The ids of a text. Bytes need not be UTF-8; in a str, half a surrogate pair becomes U+FFFD.
 
         Special tokens written in the text count as such only if allowed: what a user types cannot end a turn.
@@ -148,8 +154,12 @@ class BPETokenizer:
         def encode(text: str) -> list[int]:
             if len(text) > _LONGEST_FOR_TIKTOKEN:
                 return self.encode(text, allowed_special=allowed)
+            if not allowed:
+                return encoding.encode_ordinary(text)
             return encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
+        if threads == 1:
+            return list(map(encode, texts))
         with ThreadPoolExecutor(threads) as pool:  # tiktoken lets other threads run while it works
             return list(pool.map(encode, texts))
 
@@ -160,8 +170,8 @@ class BPETokenizer:
         allowed = [allowed_special] if isinstance(allowed_special, str) else allowed_special
         unknown = [token for token in allowed if token not in self.special_tokens]
         if unknown:
-            raise ValueError(f"allowed_special has {', '.join(map(repr, unknown))}, but this tokenizer's special "
-                             f"tokens are {', '.join(self.special_tokens) or 'none'}.")
+            raise ValueError(f"allowed_special has {', '.join(map(repr, unknown))}, but this tokenizer's "
+                             f"special tokens are {', '.join(self.special_tokens) or 'none'}.")
         return allowed
 
     def _encode_ordinary(self, text: str) -> list[int]:
@@ -176,7 +186,7 @@ class BPETokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the ids, exactly. Raises: ValueError for an id that no token has."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)  # a tensor's or array's entries are no dict keys
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)  # a tensor's entries are no dict keys
         try:
             return b"".join(map(self._bytes_of_id.__getitem__, ids))
         except KeyError:
@@ -185,23 +195,19 @@ class BPETokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one id stands for. Raises: ValueError for an id that no token has."""
         if token_id not in self._bytes_of_id:
-            raise ValueError(f"No token has the id {token_id}: this vocabulary has {len(self._bytes_of_id):,} tokens "
-                             f"with ids from 0 to {self.vocab_size - 1}. Were the ids made by another tokenizer?")
+            raise ValueError(f"No token has the id {token_id}: this vocabulary has "
+                             f"{len(self._bytes_of_id):,} tokens with ids from 0 to {self.vocab_size - 1}. "
+                             f"Were the ids made by another tokenizer?")
         return self._bytes_of_id[token_id]
 
     # What it is
-
-    @property
-    def vocab_size(self) -> int:
-        """The highest id plus one: the rows that an embedding needs."""
-        return max(self._bytes_of_id) + 1
 
     @property
     def end_of_text(self) -> int:
         """The id of <|endoftext|>. Raises: ValueError if there is none."""
         if "<|endoftext|>" not in self.special_tokens:
             raise ValueError(f"This tokenizer has no <|endoftext|>; its special tokens are "
-                             f"{', '.join(self.special_tokens) or 'none'}. Train one with it in special_tokens.")
+                             f"{', '.join(self.special_tokens) or 'none'}. Train one with it among them.")
         return self.special_tokens["<|endoftext|>"]
 
     @cached_property
@@ -210,12 +216,12 @@ class BPETokenizer:
 
         They follow from the ranks: whatever is joined before a token's own rank leaves exactly its two parts.
         """
-        return [_parts(token, rank, self.ranks) for token, rank in sorted(self.ranks.items(), key=itemgetter(1))
-                if len(token) > 1]
+        by_rank = sorted(self.ranks.items(), key=itemgetter(1))
+        return [_parts(token, rank, self.ranks) for token, rank in by_rank if len(token) > 1]
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits that change with any rank, the pattern or a special token; token shards carry them."""
+        """64 hex digits that change with any rank, the pattern or a special token; token shards keep them."""
         tokens = [[token.hex(), i] for token, i in sorted(self.ranks.items())]
         specials = sorted(self.special_tokens.items())
         return hashlib.sha256(json.dumps([tokens, self.pattern, specials]).encode()).hexdigest()
@@ -234,11 +240,11 @@ class BPETokenizer:
 
     @cached_property
     def _tiktoken(self) -> tiktoken.Encoding:
-        return tiktoken.Encoding(f"minillm-{self.fingerprint[:12]}", pat_str=self.pattern, mergeable_ranks=self.ranks,
-                                 special_tokens=self.special_tokens)
+        return tiktoken.Encoding(f"minillm-{self.fingerprint[:12]}", pat_str=self.pattern,
+                                 mergeable_ranks=self.ranks, special_tokens=self.special_tokens)
 
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json into a folder, or the file itself if `path` ends in .json; whole or not at all."""
+        """Write tokenizer.json into a folder, or to `path` itself if that ends in .json; all or nothing."""
         content = tokenizer_json.to_json(self.ranks, self.merges, self.pattern, self.special_tokens)
         write_atomically(_file(path), json.dumps(content, ensure_ascii=False, indent=1))
 
@@ -246,20 +252,25 @@ class BPETokenizer:
     def load(cls, path: str | Path) -> "BPETokenizer":
         """Read what `save` wrote, or another byte-level BPE in Hugging Face's format.
 
-        Raises: FileNotFoundError; ValueError for a file that is cut, or whose ids this tokenizer would not give.
+        Raises: FileNotFoundError; ValueError for a file that is cut, or that means other ids than ours.
         """
-        return cls(*tokenizer_json.read(_file(path)))
+        path = _file(path)
+        content = tokenizer_json.read(path)
+        try:
+            return cls(*tokenizer_json.from_json(content))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 class _WordCache(dict):
-    """Word -> ids, filled as words are met and emptied when it is full. Words repeat, so this is most of the speed."""
+    """Word -> ids, filled as words are met, emptied when full. Words repeat, so this is most of the speed."""
 
     def __init__(self, ranks: dict[bytes, int]):
         super().__init__()
         self.ranks = ranks
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        data, ranks = word.encode("utf-8", "surrogateescape"), self.ranks  # escapes stand for bytes that were no UTF-8
+        data, ranks = word.encode("utf-8", "surrogateescape"), self.ranks  # escapes: bytes that were no UTF-8
         ids = (ranks[data],) if data in ranks else tuple(map(ranks.__getitem__, join_bytes(data, ranks.get)))
         if len(word) <= _LONGEST_CACHED:
             if len(self) >= _CACHED_WORDS:
@@ -272,8 +283,8 @@ def _parts(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, byt
     """The two tokens that the joins before `rank` leave of `token`."""
     parts = join_bytes(token, lambda pair: earlier if (earlier := ranks.get(pair, rank)) < rank else None)
     if len(parts) != 2:
-        raise ValueError(f"The token {token!r} (id {rank}) is made of {len(parts)} tokens of lower rank, {parts}: no "
-                         f"merge of two gives it, so these ranks cannot be written as merges.")
+        raise ValueError(f"The token {token!r} (id {rank}) is made of {len(parts)} tokens of lower rank, "
+                         f"{parts[:9]}: no merge of two makes it, so these ranks cannot be written so.")
     return parts[0], parts[1]
 
 
@@ -281,8 +292,8 @@ def _check_vocabulary(ranks: dict[bytes, int], special_tokens: dict[str, int]) -
     """Refuse a vocabulary that some text cannot be written in, or whose ids are ambiguous."""
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise ValueError(f"{len(missing)} of the 256 single bytes have no id, first byte {missing[0]}: a byte-level "
-                         f"tokenizer needs them all, to write any text.")
+        raise ValueError(f"{len(missing)} of the 256 single bytes have no id, first byte {missing[0]}: a "
+                         f"byte-level tokenizer needs them all, to write any text.")
     owner: dict[int, bytes | str] = {}
     for token, i in chain(ranks.items(), special_tokens.items()):
         if i < 0 or i in owner:

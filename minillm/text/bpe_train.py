@@ -1,13 +1,14 @@
 """Learning byte-level BPE's merges: which two neighbouring tokens become one, 9,738 times over.
 
-`count_pairs`, `merge_pair` and `naive_merges` are the idea in a dozen lines: count every pair of neighbours, merge
-the most frequent one everywhere, start again. `learn_merges` learns the same merges some thousand times faster,
-because it never starts again: a merge changes only the counts of the pairs beside it, and it knows where they are.
+`count_pairs`, `merge_pair` and `naive_merges` are the idea in a dozen lines: count every pair of neighbours,
+merge the most frequent one everywhere, start again. `learn_merges` learns the same merges thousands of times
+faster, because it never starts again: a merge changes only the counts of the pairs beside it, and it knows
+where they are.
 
-Both work on unique words with their counts, so time grows with the words that a text has, not with its length. Ids 0
-to 255 are the bytes in GPT-2's order (those that print first, see BYTE_ORDER) and id 256 + n is the n-th merge.
-Between equally frequent pairs the one with the lower ids wins, first its left then its right token: Hugging Face's
-trainer does the same in the same order of bytes, so the merges are the same too.
+Both work on unique words with their counts, so time grows with the different words of a text, not with its
+length. Ids 0 to 255 are the bytes in GPT-2's order (see BYTE_ORDER) and id 256 + n is the n-th merge. Between
+equally frequent pairs the one with the lower ids wins, first by its left, then by its right token. Hugging
+Face's trainer does the same with the same order of bytes, so the merges are the same too.
 Source: arXiv:1508.07909 §3.2. Left out: limits on the length of tokens or on the least count of a pair.
 """
 
@@ -32,13 +33,13 @@ BYTE_ORDER = bytes(_PRINTING + [byte for byte in range(256) if byte not in _PRIN
 """The byte of each of the first 256 ids: bytes that are a visible character in Latin-1, then the other 68."""
 _ID_OF_BYTE = bytes(BYTE_ORDER.index(byte) for byte in range(256))
 
-# A pair is kept as one integer, left << 20 | right: it hashes faster than a tuple and sorts in the same order.
+# A pair is kept as one integer, left << 20 | right: it hashes faster than a tuple and sorts the same.
 _BITS = 20
 _NO_TOKEN = (1 << _BITS) - 1
 _BATCH = 4_000_000  # characters that a worker counts at a time: much more than it costs to send them
 
 
-# The idea, in full ---------------------------------------------------------------------------------------------------
+# The idea, in full
 
 def count_pairs(words: Mapping[tuple[int, ...], int]) -> Counter[Pair]:
     """How often each two ids stand side by side, in words that each occur as often as their count says."""
@@ -50,7 +51,7 @@ def count_pairs(words: Mapping[tuple[int, ...], int]) -> Counter[Pair]:
 
 
 def merge_pair(ids: Sequence[int], pair: Pair, new_id: int) -> tuple[int, ...]:
-    """`ids` with `new_id` wherever `pair` stood; from left to right, so that (1, 1) turns 1 1 1 into new 1."""
+    """`ids` with `new_id` wherever `pair` stood, from left to right: (1, 1) turns 1 1 1 into new_id 1."""
     merged, at = [], 0
     while at < len(ids):
         if tuple(ids[at:at + 2]) == tuple(pair):
@@ -63,7 +64,7 @@ def merge_pair(ids: Sequence[int], pair: Pair, new_id: int) -> tuple[int, ...]:
 
 
 def naive_merges(words: Mapping[str, int], merges: int) -> list[Pair]:
-    """The merges by recounting everything before each: what `learn_merges` must equal, at seconds per merge."""
+    """The merges, recounting everything before each one: what `learn_merges` must equal."""
     split = Counter({tuple(word.encode().translate(_ID_OF_BYTE)): count for word, count in words.items()})
     learned: list[Pair] = []
     while len(learned) < merges and (pairs := count_pairs(split)):
@@ -73,12 +74,12 @@ def naive_merges(words: Mapping[str, int], merges: int) -> list[Pair]:
     return learned
 
 
-# Words ---------------------------------------------------------------------------------------------------------------
+# Words
 
 def count_words(texts: Iterable[str], pattern: str, workers: int = 1) -> Counter[str]:
     """How often each word (each match of `pattern`) occurs. Merges never cross from one word into the next.
 
-    workers > 1 counts in that many new processes; their start takes longer than counting some 50 MB does.
+    workers > 1 counts in that many new processes. They take seconds to start: they pay from about 100 MB on.
     Raises: ValueError if workers < 1; RuntimeError if the processes cannot start.
     """
     if workers < 1:
@@ -96,7 +97,7 @@ def _count_batch(texts: Iterable[str], pattern: str) -> Counter[str]:
 
 
 def _count_in_processes(texts: Iterable[str], pattern: str, workers: int) -> Counter[str]:
-    """The words of all texts, counted in batches by processes that share nothing (spawned: safe on every system)."""
+    """The words of all texts, counted by processes that share nothing (spawned, which is safe everywhere)."""
     words: Counter[str] = Counter()
     waiting: list[Future[Counter[str]]] = []
     try:
@@ -108,9 +109,9 @@ def _count_in_processes(texts: Iterable[str], pattern: str, workers: int) -> Cou
             for counted in waiting:
                 words.update(counted.result())
     except BrokenProcessPool as error:
-        raise RuntimeError(f"The {workers} counting processes could not start or died. In a script, call this under "
-                           f"`if __name__ == \"__main__\":`, because each process imports the script again; or use "
-                           f"workers=1.") from error
+        raise RuntimeError(f"The {workers} counting processes died or could not start. A script must call "
+                           "this under `if __name__ == '__main__':`, because each process imports the script "
+                           "again. Or use workers=1.") from error
     return words
 
 
@@ -127,12 +128,12 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-# The trainer ---------------------------------------------------------------------------------------------------------
+# The trainer
 
 def learn_merges(words: Mapping[str, int], merges: int) -> list[Pair]:
-    """The pairs of ids to merge, the most frequent first; fewer than asked when no two tokens stand together any more.
+    """The pairs of ids to merge, the most frequent first; fewer than asked once every word is a single token.
 
-    Cost: each of the places where two bytes of a unique word meet is merged at most once; the rest is the queue.
+    Cost: each place where two bytes of a unique word meet is merged at most once; the rest is the queue.
     Raises: ValueError if the ids would pass 2^20 - 2.
     """
     if 256 + merges > _NO_TOKEN:
@@ -151,9 +152,9 @@ def learn_merges(words: Mapping[str, int], merges: int) -> list[Pair]:
 class _Pairs:
     """All unique words, the pairs of neighbours in them, and where each pair is.
 
-    `row` has a symbol for each byte of the words, and _NO_TOKEN around each word. A token writes its id on its first
-    and on its last byte, so both tokens can be read at the place where they meet. `places` has, for each pair, all
-    places where it came to meet; a place whose tokens have been merged since is noticed when the pair's turn comes.
+    `row` has a symbol for each byte of the words, and _NO_TOKEN around each word. A token writes its id on
+    its first and on its last byte, so both tokens can be read at the place where they meet. `places` has, for
+    each pair, all places where it came to meet; which of them are gone is noticed when the pair's turn comes.
     """
 
     def __init__(self, words: Mapping[str, int]):
@@ -170,7 +171,7 @@ class _Pairs:
         heapq.heapify(self.queue)
 
     def most_frequent(self) -> int | None:
-        """Take the pair with the highest count. Counts only fall, so an entry that is too high goes back corrected."""
+        """Take the pair with the highest count. Counts only fall: an entry that is too high is corrected."""
         while self.queue:
             entry = heapq.heappop(self.queue)
             pair = entry & ((1 << 2 * _BITS) - 1)
@@ -186,7 +187,7 @@ class _Pairs:
         left, right, row = pair >> _BITS, pair & _NO_TOKEN, self.row
         left_length, right_length, new = self.lengths[left], self.lengths[right], len(self.lengths)
         self.lengths.append(left_length + right_length)
-        before, after = defaultdict(list), defaultdict(list)  # neighbour -> places where it meets the new token
+        before, after = defaultdict(list), defaultdict(list)  # neighbour -> where it meets the new token
         for place in self.places.pop(pair):  # ascending, so a run like aaa is merged from its left
             if row[place] == right and row[place - 1] == left:
                 start, end = place - left_length, place + right_length
@@ -198,7 +199,7 @@ class _Pairs:
             neighbours.pop(_NO_TOKEN, None)
         for neighbour, at in after.items():
             self._replace(right << _BITS | neighbour, new << _BITS | neighbour, at)
-        for neighbour, at in before.items():  # second: in abab the neighbour may be the new token, met just above
+        for neighbour, at in before.items():  # second: in abab the neighbour is the new token, met just above
             self._replace(neighbour << _BITS | left, neighbour << _BITS | new, at)
 
     def _replace(self, old: int, new: int, at: list[int]) -> None:
@@ -226,7 +227,7 @@ def _entry(pair: int, count: int) -> int:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Without Python's search for reference cycles: there are none here, and looking through all lists takes time."""
+    """Without Python's search for reference cycles: there are none, and it would read all lists each time."""
     was_on = gc.isenabled()
     gc.disable()
     try:

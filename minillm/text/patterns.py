@@ -1,8 +1,8 @@
 r"""Pre-split patterns: where text is cut into words before BPE, which never joins across a cut.
 
-GPT-2's pattern and cl100k's (GPT-4) are here by name; any regular expression of the `regex` module that matches every
-character can take their place. [\p{L}] is any letter and [\p{N}] any number of any script; which characters are
-letters grows with each release of Unicode, so on the newest ones `regex`, tiktoken and Hugging Face may differ.
+GPT-2's pattern and cl100k's (GPT-4) are here by name; any regular expression of the `regex` module that
+matches every character can take their place. [\p{L}] is any letter and [\p{N}] any number of any script. Each
+release of Unicode adds some, so on the newest characters `regex`, tiktoken and Hugging Face may differ.
 """
 
 import re
@@ -11,9 +11,9 @@ from collections.abc import Callable
 import regex
 
 PATTERNS = {
-    # An English ending; a space with letters, with digits, with other signs; spaces, the last one left for the next word.
+    # An English ending; a space with letters, digits or other signs; spaces, the last left for the next word.
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    # Endings in capitals too; any one sign with letters; digits by threes; signs with line ends; spaces to the text's end.
+    # Endings in capitals too; any one sign with letters; digits by threes; signs with line ends; last spaces.
     "cl100k": (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}]+|[\p{N}]{1,3}"
                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?![\s\S])|\s*[\r\n]+|\s+(?!\S)|\s+"),
 }
@@ -25,25 +25,25 @@ _PROBE = "".join(map(chr, range(0x250))) + "中あ한\u0300\u0663²\u2003\u2028\
 
 
 def split_pattern(name_or_regex: str, split_digits: bool = False) -> str:
-    """The regular expression of a name (or itself), with each digit a word of its own if asked: "a 12" is a, space, 1, 2.
+    """The regular expression of a name, or itself. With split_digits, each digit is a word.
 
-    Raises: ValueError for an expression that is none, that has capturing groups, that loses text, or whose digits
-    cannot be split here.
+    Raises: ValueError for an expression that is none, that has capturing groups, that loses text, or whose
+    digits cannot be split here.
     """
     if split_digits and name_or_regex not in _BY_DIGIT:
-        raise ValueError(f"split_digits works on the patterns {', '.join(_BY_DIGIT)}. In one of your own, which is "
+        raise ValueError(f"split_digits works on the patterns {', '.join(_BY_DIGIT)}. In your own, "
                          rf"{name_or_regex!r}, write [\p{{N}}] where it matches numbers.")
     pattern = (_BY_DIGIT if split_digits else PATTERNS).get(name_or_regex, name_or_regex)
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
-        raise ValueError(f"pattern = {pattern!r} is neither a name ({', '.join(PATTERNS)}) nor a regular expression: "
-                         f"{error}.") from error
+        raise ValueError(f"pattern = {pattern!r} is neither a name ({', '.join(PATTERNS)}) nor a regular "
+                         f"expression: {error}.") from error
     if compiled.groups:
         raise ValueError(f"pattern = {pattern!r} has a group that captures: write (?:...) instead of (...).")
     if lost := set(_PROBE) - set("".join(compiled.findall(_PROBE))):
-        raise ValueError(f"pattern = {pattern!r} does not match {sorted(lost)[:5]}, so encoding would lose them. Add an "
-                         rf"alternative for whatever is left, such as |[\s\S].")
+        raise ValueError(f"pattern = {pattern!r} does not match {sorted(lost)[:5]}, so encoding would lose "
+                         rf"them. Add an alternative for whatever is left, such as |[\s\S].")
     return pattern
 
 

@@ -1,0 +1,59 @@
+# `make run` does the course's main job, `make test` checks everything. Both install what they need.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 120
+PARALLEL := -n 2 --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help run test quick test-all lab notebooks pretrained bench clean
+
+help:           ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+run: .venv/ready            ## train a language model from raw text in about two minutes, into runs/first (ARGS="--fresh")
+	$(PY) -m minillm train --out runs/first $(ARGS)
+
+test: .venv/ready-to-test   ## everything that must hold: unit tests, parity with other libraries, notebooks, a short run
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) $(NBVAL) notebooks
+
+quick: .venv/ready-to-test  ## the minute that one runs while working: unit tests, without notebooks and runs
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) tests --ignore tests/test_run.py --ignore tests/test_resume.py
+
+test-all: .venv/ready-to-test  ## what `make test` leaves out because it takes long (CI runs both)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) tests -m slow
+
+lab: .venv/ready            ## open the course in JupyterLab
+	$(PY) -m jupyterlab notebooks/00_start_here.ipynb
+
+notebooks: .venv/ready      ## execute every notebook again and store its outputs
+	$(PY) -m minillm.course.notebooks notebooks/*.ipynb
+
+pretrained: .venv/ready     ## train the course's own checkpoint again
+	$(PY) -m minillm.course.pretrained
+
+bench: .venv/ready-to-test  ## side by side with other libraries: tokenizers, training, generation, growth
+	@for file in benchmarks/*.py; do OMP_NUM_THREADS=1 $(PY) $$file || exit 1; done
+
+clean:          ## remove the environment, caches and build files; runs/ stays
+	rm -rf .venv build minillm.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "minillm needs Python 3.11 or newer; found $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/ready: requirements.txt pyproject.toml | .venv/bin/python
+	@echo "installing into .venv (about 300 MB, once) ..."
+	@$(PIP) -r requirements.txt
+	@$(PIP) setuptools wheel
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/ready-to-test: .venv/ready
+	@echo "installing the test tools into .venv ..."
+	@$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@

@@ -1,0 +1,134 @@
+"""Things to play with: each is a pure function `render_*(state) -> html` and a few lines that redraw it.
+
+The pure part is what tests read and what a notebook shows as a static figure first; the widget only sets the value of
+an HTML box when a control moves, so that nothing is printed and nothing flickers.
+"""
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+
+import ipywidgets as widgets
+
+from minillm.course.plots import COLOURS
+from minillm.text.bpe import BPETokenizer
+from minillm.text.bpe_train import merge_pair
+
+TINTS = ("#CFE4F5", "#FBE0C8", "#CDEBDD", "#F3DCE9", "#FBEFC9")
+
+
+def merge_steps(text: str, tokenizer: BPETokenizer) -> list[list[bytes]]:
+    """The tokens of one word after each merge, from single bytes to the end: always the lowest rank first.
+
+    "lower" with merges lo, low, er -> [l o w e r], [lo w e r], [low e r], [low er].
+    """
+    parts = [bytes([byte]) for byte in text.encode("utf-8", "replace")]
+    steps = [parts]
+    while True:
+        ranked = [(tokenizer.ranks[a + b], (a, b)) for a, b in zip(parts, parts[1:]) if a + b in tokenizer.ranks]
+        if not ranked:
+            return steps
+        first, second = min(ranked)[1]
+        parts = list(merge_pair(parts, (first, second), first + second))
+        steps.append(parts)
+
+
+def spell(token: bytes) -> str:
+    """A token as one can read it: spaces as ␣, line ends as ⏎, parts of a character as hexadecimal bytes."""
+    try:
+        return token.decode().replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    except UnicodeDecodeError:
+        return "".join(f"⟨{byte:02x}⟩" for byte in token)
+
+
+def render_tokens(tokens: Sequence[bytes], title: str = "", ids: Sequence[int] | None = None) -> str:
+    """A row of coloured tokens, numbered by their ids on hovering, and how many there are."""
+    boxes = "".join(
+        f"<span title='{'' if ids is None else f'id {ids[i]}'}' style='background:{TINTS[i % len(TINTS)]};color:#111;"
+        f"border-radius:3px;padding:1px 2px;margin:1px;display:inline-block;font-family:monospace'>"
+        f"{html.escape(spell(token))}</span>" for i, token in enumerate(tokens))
+    head = f"<b>{html.escape(title)}</b> " if title else ""
+    return (f"<div style='margin:.4em 0;line-height:1.9'>{head}<span style='opacity:.7'>{len(tokens)} tokens</span>"
+            f"<br>{boxes}</div>")
+
+
+def render_merge_step(text: str, tokenizer: BPETokenizer, step: int) -> str:
+    """The tokens of a word after `step` merges, and which merge comes next."""
+    steps = merge_steps(text, tokenizer)
+    step = max(0, min(step, len(steps) - 1))
+    parts = steps[step]
+    if step + 1 < len(steps):
+        merged = next((a, b) for a, b in zip(parts, parts[1:]) if a + b in steps[step + 1] and a + b in tokenizer.ranks
+                      and merge_pair(parts, (a, b), a + b) == tuple(steps[step + 1]))
+        rank = tokenizer.ranks[merged[0] + merged[1]]
+        note = f"next: {html.escape(spell(merged[0]))} + {html.escape(spell(merged[1]))}, which has rank {rank}"
+    else:
+        note = "no two neighbours can be merged any more"
+    return render_tokens(parts, f"after {step} merges") + f"<div style='opacity:.8'>{note}</div>"
+
+
+def render_both(text: str, tokenizers: Mapping[str, Callable[[str], tuple[list[int], list[bytes]]]]) -> str:
+    """One text cut by several tokenizers, one under another."""
+    rows = []
+    for name, cut in tokenizers.items():
+        ids, tokens = cut(text)
+        rows.append(render_tokens(tokens, name, ids))
+    return "".join(rows) + f"<div style='opacity:.8'>{len(text)} characters, {len(text.encode('utf-8', 'replace'))} bytes</div>"
+
+
+def merge_stepper(tokenizer: BPETokenizer, text: str = " unbelievable") -> widgets.Widget:
+    """Type a word, press play, and watch its merges."""
+    word = widgets.Text(value=text, description="word", continuous_update=True)
+    most = 40
+    play, slider = widgets.Play(min=0, max=most, interval=700), widgets.IntSlider(min=0, max=most, description="merges")
+    widgets.jslink((play, "value"), (slider, "value"))
+    return _redrawn([word, widgets.HBox([play, slider])], [word, slider],
+                    lambda: render_merge_step(word.value, tokenizer, slider.value))
+
+
+def token_colours(tokenizers: Mapping[str, Callable[[str], tuple[list[int], list[bytes]]]], text: str) -> widgets.Widget:
+    """Type any text and see how each tokenizer cuts it."""
+    area = widgets.Textarea(value=text, layout=widgets.Layout(width="95%", height="5em"))
+    return _redrawn([area], [area], lambda: render_both(area.value, tokenizers))
+
+
+def temperature_slider(write: Callable[[float, int], str], prompt: str) -> widgets.Widget:
+    """Move the temperature, or the seed, and let the model write again. `write(temperature, seed)` gives the text."""
+    temperature = widgets.FloatSlider(value=0.8, min=0.0, max=2.0, step=0.1, description="temperature",
+                                      continuous_update=False)
+    seed = widgets.IntSlider(value=0, min=0, max=20, description="seed", continuous_update=False)
+    return _redrawn([temperature, seed], [temperature, seed],
+                    lambda: render_text(prompt, write(temperature.value, seed.value)))
+
+
+def render_text(prompt: str, text: str) -> str:
+    """A model's text with its prompt in colour."""
+    return (f"<div style='white-space:pre-wrap;font-family:Georgia,serif;max-width:44em;margin:.5em 0'>"
+            f"<b style='color:{COLOURS[0]}'>{html.escape(prompt)}</b>{html.escape(text)}</div>")
+
+
+def encoding_of(tokenizer: BPETokenizer) -> Callable[[str], tuple[list[int], list[bytes]]]:
+    """Our tokenizer as `render_both` takes it: text -> (ids, the bytes of each)."""
+    def cut(text: str) -> tuple[list[int], list[bytes]]:
+        ids = tokenizer.encode(text)
+        return ids, [tokenizer.token_bytes(i) for i in ids]
+    return cut
+
+
+def tiktoken_encoding(encoding) -> Callable[[str], tuple[list[int], list[bytes]]]:
+    """A tiktoken encoding as `render_both` takes it."""
+    def cut(text: str) -> tuple[list[int], list[bytes]]:
+        ids = encoding.encode_ordinary(text)
+        return ids, [encoding.decode_single_token_bytes(i) for i in ids]
+    return cut
+
+
+def _redrawn(shown: list, controls: list, render: Callable[[], str]) -> widgets.Widget:
+    """Controls above an HTML box that is drawn again whenever one of them changes."""
+    box = widgets.HTML(value=render())
+
+    def redraw(change) -> None:
+        box.value = render()
+
+    for control in controls:
+        control.observe(redraw, names="value")
+    return widgets.VBox([*shown, box])

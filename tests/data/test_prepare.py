@@ -1,0 +1,62 @@
+import json
+import math
+
+import pytest
+
+from minillm.data.prepare import DataConfig, open_prepared, prepare
+from minillm.data.stories import stories
+
+CONFIG = DataConfig(size=40_000, val_fraction=0.2, tokenizer_size=20_000)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("data"), CONFIG, 320)
+
+
+def test_both_splits_hold_the_documents_with_their_true_nats(prepared):
+    assert prepared.train.documents + prepared.val.documents > 30
+    assert prepared.train.bytes > 2 * prepared.val.bytes > 0
+    assert not math.isnan(prepared.val.nats)
+    text = prepared.tokenizer.decode(prepared.train[:prepared.train.tokens].tolist())
+    first = next(stories(1, seed=CONFIG.seed)).text
+    assert (first in text) != (first in prepared.tokenizer.decode(prepared.val[:prepared.val.tokens].tolist()))
+    assert prepared.tokenizer.vocab_size == 320 == prepared.train.vocab_size
+
+
+def test_the_same_request_opens_what_is_there(prepared, monkeypatch):
+    monkeypatch.setattr("minillm.data.prepare.BPETokenizer.train", lambda *_, **__: pytest.fail("made again"))
+    again = prepare(prepared.folder, CONFIG, 320)
+    assert again.train[:].tolist() == prepared.train[:].tolist()
+
+
+def test_another_request_is_refused(prepared):
+    with pytest.raises(ValueError, match="vocab_size was 320 and is now 400"):
+        prepare(prepared.folder, CONFIG, 400)
+
+
+def test_an_unfinished_folder_is_not_opened(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data.json"):
+        open_prepared(tmp_path)
+
+
+def test_duplicates_are_removed_from_text_and_counted(tmp_path):
+    lines = [story.text for story in stories(20, 1)]
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*lines, *lines[:7]]))
+    config = DataConfig(source=str(source), val_fraction=0.3)
+    made = prepare(tmp_path / "data", config, 300)
+    assert made.train.documents + made.val.documents == 20
+    assert json.loads((tmp_path / "data" / "data.json").read_text())["duplicates_removed"] == 7
+
+
+def test_one_document_cannot_be_split(tmp_path):
+    (tmp_path / "one.txt").write_text("a single document")
+    with pytest.raises(ValueError, match="1 documents leave none for (train|validation)"):
+        prepare(tmp_path / "data", DataConfig(source=str(tmp_path / "one.txt")), 300)
+
+
+@pytest.mark.parametrize("wrong", [{"size": 0}, {"tokenizer_size": 0}, {"val_fraction": 0.0}, {"val_fraction": 1.0}])
+def test_a_wrong_request_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} = "):
+        DataConfig(**wrong)

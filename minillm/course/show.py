@@ -19,7 +19,7 @@ FOLDED = 70  # lines; what is longer opens on a click
 # Colours that keep 4.5:1 contrast on white and on JupyterLab's dark background.
 CSS = """<style>
 .minillm-source { border-left: 3px solid #0072B2; padding: 0 .8em; font-size: 12.5px; line-height: 1.4; }
-.minillm-source pre { background: none; white-space: pre; overflow-x: auto; margin: .3em 0; color: inherit; }
+.minillm-source pre { font-family: Menlo, Consolas, 'DejaVu Sans Mono', monospace; background: none; white-space: pre; overflow-x: auto; margin: .3em 0; color: inherit; }
 .minillm-source .where { font-family: sans-serif; opacity: .75; }
 .minillm-source .k, .minillm-source .kn, .minillm-source .kc, .minillm-source .ow { color: #2E7BCF; font-weight: 600; }
 .minillm-source .s1, .minillm-source .s2, .minillm-source .sd, .minillm-source .sa, .minillm-source .si { color: #2D8A57; }

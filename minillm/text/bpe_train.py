@@ -155,6 +155,7 @@ class _Pairs:
     `row` has a symbol for each byte of the words, and _NO_TOKEN around each word. A token writes its id on
     its first and on its last byte, so both tokens can be read at the place where they meet. `places` has, for
     each pair, all places where it came to meet; which of them are gone is noticed when the pair's turn comes.
+    (Within a token old ids may be left, but only of the pair that was merged there, whose turn is over.)
     """
 
     def __init__(self, words: Mapping[str, int]):
@@ -191,7 +192,6 @@ class _Pairs:
         for place in self.places.pop(pair):  # ascending, so a run like aaa is merged from its left
             if row[place] == right and row[place - 1] == left:
                 start, end = place - left_length, place + right_length
-                row[place] = _NO_TOKEN  # no token begins here any more
                 row[start] = row[end - 1] = new
                 before[row[start - 1]].append(start)
                 after[row[end]].append(end)

@@ -55,7 +55,8 @@ def test_python_source_leaves_out_tests_and_installed_packages():
 
 def test_python_docs_are_collected_once_and_then_read_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
-    module = Document('"""' + "A long docstring of this module. " * 3 + '"""\n\ndef short():\n    """Short."""\n\n\n'
+    module = Document('"""' + "A long docstring of this module. " * 3 + '"""\n\n'
+                      'def short():\n    """Short."""\n\n\n'
                       'class Thing:\n    """A thing that is explained at some length here, on purpose."""\n', "thing.py")
     monkeypatch.setattr(corpora, "python_source", lambda: iter([module, Document("def broken(:", "broken.py")]))
     first = list(documents("python-docs"))
@@ -86,7 +87,8 @@ def test_an_interrupted_collection_leaves_no_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    for name, text in (("b.txt", "bee"), ("a.md", "ay"), ("deep/c.py", "see = 1"), ("deep/er/d.rst", "déjà"), ("x.png", "x")):
+    for name, text in (("b.txt", "bee"), ("a.md", "ay"), ("deep/c.py", "see = 1"), ("deep/er/d.rst", "déjà"),
+                       ("x.png", "x")):
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "e.jsonl").write_text('{"text": "one"}\n{"text": "two", "id": 2}\n', encoding="utf-8")
     return tmp_path
@@ -109,7 +111,8 @@ def test_jsonl_lines_end_at_line_feeds_only_and_empty_lines_do_not_matter(tmp_pa
     # U+2028, U+0085 and the form feed end lines for str.splitlines, not for JSON lines
     written = ["a\u2028b", "c\u0085d", "e\x0cf", "g"]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in written]
-    (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines[:2]).encode() + b"\n\n" + "\n".join(lines[2:]).encode() + b"\n\n")
+    content = "\r\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:]) + "\n\n"
+    (tmp_path / "a.jsonl").write_bytes(content.encode())
     assert texts(tmp_path / "a.jsonl") == written
 
 
@@ -206,7 +209,8 @@ def test_split_does_not_depend_on_the_order():
 
 def test_a_seed_gives_its_split_and_a_larger_validation_holds_the_smaller():
     docs = [Document(f"text {i}", f"{i}") for i in range(300)]
-    names = [{doc.name for doc in split(docs, share, seed)[1]} for share, seed in ((0.1, 0), (0.3, 0), (0.3, 1), (0.3, -1))]
+    names = [{doc.name for doc in split(docs, share, seed)[1]}
+             for share, seed in ((0.1, 0), (0.3, 0), (0.3, 1), (0.3, -1))]
     assert names[0] < names[1]
     assert len({frozenset(part) for part in names}) == 4
 

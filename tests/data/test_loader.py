@@ -63,7 +63,8 @@ def test_the_ranks_batches_side_by_side_are_the_batch_of_one(shards, ranks):
 @pytest.mark.parametrize("taken", [0, 1, 7, "end of epoch", "into the next epoch"])
 def test_going_on_from_a_saved_position_is_exact(shards, taken):
     loader = Loader(shards, 4, 64, seed=5)
-    taken = {"end of epoch": loader.batches_per_epoch, "into the next epoch": loader.batches_per_epoch + 2}.get(taken, taken)
+    epoch = loader.batches_per_epoch
+    taken = {"end of epoch": epoch, "into the next epoch": epoch + 2}.get(taken, taken)
     take(loader, taken)
     state = dict(loader.state_dict())
     expected = take(loader, loader.batches_per_epoch + 1)

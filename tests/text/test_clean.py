@@ -54,6 +54,7 @@ def test_each_step():
     assert unify_line_ends("a\r\nb\rc\vd\fe\x85f\u2028g\u2029h") == "a\nb\nc\nd\ne\nf\ng\nh"
     assert remove_controls("a\x00b\tc\nd\x1b\u200b\u202ee") == "ab\tc\nde"
     assert tidy_spaces(" \n\n a\u00a0\t b \n \n\n\n c\n") == "a b\n\nc"
+    assert tidy_spaces("a\nb\n\nc\n\n\nd") == "a\nb\n\nc\n\nd"
     assert tidy_spaces("  a  b \n\n\n\nc", "code") == "  a  b\n\nc"
 
 

@@ -20,7 +20,7 @@ from minillm.text.bpe import BPETokenizer
 from minillm.train.loss import bits_per_byte, cross_entropy
 
 FOLDER = Path(__file__).with_name("pretrained")
-COMMAND = ["train", "--train.steps", "1500", "--train.seed", "1"]
+COMMAND = ["train", "--train.steps", "1000", "--train.seed", "1"]
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 TEST_SEED = 12_345  # of stories that training, which uses seed 0, has not seen
 

@@ -1,0 +1,27 @@
+"""What the tests of whole runs share: a data folder made once, and small configurations."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from minillm.config import TrainConfig
+from minillm.data.loader import Loader
+from minillm.data.prepare import DataConfig, Prepared, prepare
+from minillm.engine import Engine
+from minillm.model.families import preset
+from minillm.trainer import Trainer
+
+TINY = preset("first", vocab_size=300, layers=1, width=16, heads=2, context=32)
+PLAN = TrainConfig(steps=6, batch_size=4, warmup_steps=2, eval_every=2, eval_sequences=4, checkpoint_every=2, device="cpu")
+
+
+def small_data(folder: Path) -> Prepared:
+    """Forty stories under a vocabulary of 300."""
+    return prepare(folder, DataConfig(size=40_000, val_fraction=0.2), 300)
+
+
+def trainer(data: Prepared, run: Path, model=TINY, **changes) -> Trainer:
+    """A trainer over the small data."""
+    plan = replace(PLAN, **changes)
+    engine = Engine(model, plan)
+    return Trainer(engine, Loader(data.train, plan.batch_size, model.context, seed=plan.seed), data.val, run,
+                   tokenizer=data.tokenizer)

@@ -1,0 +1,129 @@
+import errno
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minillm.data.loader import evaluation_batches
+from minillm.model.huggingface import CheckpointError, load_pretrained
+from minillm.train import checkpoint
+from minillm.train.loss import cross_entropy
+from minillm.train.metrics import read_metrics
+from minillm.trainer import TrainingError
+from runs import TINY, small_data, trainer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_data(tmp_path_factory.mktemp("data"))
+
+
+def steps_of(run):
+    return [(r["step"], r["loss"]) for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+
+
+def test_a_run_leaves_metrics_and_checkpoints(data, tmp_path):
+    looked = []
+    job = trainer(data, tmp_path)
+    job.at = {3: lambda: looked.append(job.engine.steps_done) or {"sample": "text"}}
+    assert job.train() is True
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "val_loss" in r] == [0, 2, 3, 4, 6]
+    assert looked == [3] and {"step": 3, "sample": "text"} in records
+    assert [f.name for f in checkpoint.checkpoints(tmp_path)] == ["step-000004", "step-000006"]  # keep = 2
+    model = load_pretrained(tmp_path / "step-000006")
+    nats = sum(float(cross_entropy(model(b.ids), b.targets).detach()) for b in evaluation_batches(data.val, 3, 32))
+    last = [r for r in records if "val_loss" in r][-1]
+    assert last["val_tokens"] == data.val.tokens - 1
+    assert last["val_loss"] == pytest.approx(nats / (data.val.tokens - 1), rel=1e-5)  # float32, other batches
+    assert last["val_bits_per_byte"] == pytest.approx(nats / 0.6931471805599453 / data.val.bytes, rel=1e-5)
+
+
+def test_resuming_gives_the_very_same_losses(data, tmp_path):
+    trainer(data, tmp_path / "whole").train()
+    first = trainer(data, tmp_path / "cut")
+    first.at = {3: lambda: first._on_signal(15, None) or {}}  # SIGTERM in the middle of the third step
+    assert first.train() is False
+    assert steps_of(tmp_path / "cut")[-1][0] == 3
+    second = trainer(data, tmp_path / "cut")
+    assert second.train(resume=checkpoint.latest_checkpoint(tmp_path / "cut")) is True
+    assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "whole")
+    whole, cut = (load_file(tmp_path / name / "step-000006" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[n], cut[n]) for n in whole)
+
+
+def test_metrics_after_the_checkpoint_are_dropped(data, tmp_path):
+    job = trainer(data, tmp_path, steps=6, checkpoint_every=4)
+    job.train()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # what a crash leaves
+    again = trainer(data, tmp_path, checkpoint_every=4)
+    again.train(resume=tmp_path / "step-000004")
+    assert [s for s, _ in steps_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_loss_that_is_no_number_stops_with_advice_and_spoils_nothing(data, tmp_path):
+    job = trainer(data, tmp_path)
+    job.at = {3: lambda: dict(spoiled=bool(job.engine.model.embed.weight.data.fill_(float("nan")).isnan().all()))}
+    with pytest.raises(TrainingError) as error:
+        job.train()
+    for words in ("step 4", "nan", "step-000002", "--train.lr"):
+        assert words in str(error.value)
+    assert job.engine.steps_done == 3
+    assert checkpoint.latest_checkpoint(tmp_path).name == "step-000002"
+
+
+def test_another_configuration_is_not_continued(data, tmp_path):
+    trainer(data, tmp_path).train()
+    with pytest.raises(CheckpointError, match="train.lr was 0.005 and is now 0.1"):
+        trainer(data, tmp_path, lr=0.1).train(resume=tmp_path / "step-000006")
+    with pytest.raises(CheckpointError, match="model.width was 16 and is now 32"):
+        trainer(data, tmp_path, model=replace(TINY, width=32)).train(resume=tmp_path / "step-000006")
+    assert trainer(data, tmp_path, eval_every=5, keep=3).train(resume=tmp_path / "step-000006")
+
+
+def test_a_truncated_checkpoint_names_the_last_whole_one(data, tmp_path):
+    trainer(data, tmp_path).train()
+    weights = tmp_path / "step-000006" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1000])
+    with pytest.raises(CheckpointError) as error:
+        trainer(data, tmp_path).train(resume=tmp_path / "step-000006")
+    assert f"{len(whole) - 1000:,} of {len(whole):,} bytes" in str(error.value)
+    assert "--resume" in str(error.value) and "step-000004" in str(error.value)
+    assert checkpoint.latest_checkpoint(tmp_path).name == "step-000004"
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):
+    job = trainer(data, tmp_path, checkpoint_every=2)
+    real, calls = checkpoint.save_tensors, []
+
+    def full(path, tensors):
+        calls.append(path)
+        if len(calls) == 2:  # the optimizer's file of the second checkpoint
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    with pytest.raises(CheckpointError, match="disk is full .*step-000002, untouched"):
+        job.train()
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-000002"]
+    assert checkpoint.what_is_wrong(tmp_path / "step-000002") is None
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_what_can_be_wrong_with_a_checkpoint(data, tmp_path):
+    trainer(data, tmp_path).train()
+    folder = tmp_path / "step-000006"
+    assert checkpoint.what_is_wrong(folder) is None
+    sizes = json.loads((folder / "manifest.json").read_text())
+    assert {"model.safetensors", "config.json", "tokenizer.json", "optimizer.safetensors", "trainer.json"} == set(sizes)
+    (folder / "trainer.json").unlink()
+    assert checkpoint.what_is_wrong(folder) == "trainer.json is missing"
+    (folder / "manifest.json").write_text("{")
+    assert checkpoint.what_is_wrong(folder) == "manifest.json is not whole"
+    assert checkpoint.what_is_wrong(tmp_path / "step-9") == "the folder does not exist"

@@ -6,6 +6,7 @@ minillm/course/pretrained/, under 4 MB. A test measures its loss again and holds
 
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -44,13 +45,8 @@ def measure(model: Transformer, tokenizer: BPETokenizer, count: int = 200) -> di
 
 def main() -> None:
     """Train, measure and store."""
-    from minillm.cli import main as command
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            command([*COMMAND, "--out", f"{folder}/run"])
-        except SystemExit as end:
-            if end.code:
-                sys.exit(end.code)
+        subprocess.run([sys.executable, "-m", "minillm", *COMMAND, "--out", f"{folder}/run"], check=True)
         last = sorted(Path(folder, "run").glob("step-*"))[-1]
         FOLDER.mkdir(exist_ok=True)
         for name in FILES:

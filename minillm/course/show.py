@@ -33,6 +33,7 @@ class Source:
     """What `show` returns: a page in a notebook, one line elsewhere."""
 
     def __init__(self, thing):
+        thing = inspect.unwrap(thing)  # behind decorators
         module = thing if isinstance(thing, ModuleType) else inspect.getmodule(thing)
         lines, first = inspect.getsourcelines(thing)
         self.code, self.first = inspect.cleandoc("\n" + "".join(lines)) if first else "".join(lines), max(1, first)

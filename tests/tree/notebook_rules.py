@@ -18,7 +18,6 @@ from minillm.course.notebooks import normalise
 
 WORDS, OUTPUT_SIZE = 600, 400_000
 TAGS = {"nbval-ignore-output", "nbval-raises-exception", "raises-exception"}
-WIDGET = "application/vnd.jupyter.widget-view+json"
 LINKED_IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)|<img[^>]*\bsrc=[\"']([^\"']+)")
 
 
@@ -115,13 +114,6 @@ def known_tags(path: str, notebook: NotebookNode) -> list[str]:
         if cell.cell_type == "code" and re.search(r"#\s*NBVAL_", cell.source):
             found.append(f"{path}: cell {place}: an NBVAL comment: use a tag, which the reader does not see")
     return found
-
-
-def widgets_are_not_compared(path: str, notebook: NotebookNode) -> list[str]:
-    """A widget's text differs between versions of ipywidgets, so its cell is tagged to be ignored."""
-    return [f"{path}: cell {place}: shows a widget: tag it nbval-ignore-output" for place, cell in _code(notebook)
-            if any(WIDGET in output.get("data", {}) for output in cell.outputs)
-            and "nbval-ignore-output" not in cell.metadata.get("tags", [])]
 
 
 def no_copied_names(path: str, notebook: NotebookNode, public: Mapping[str, str]) -> list[str]:

@@ -1,0 +1,36 @@
+from minillm.course.widgets import (encoding_of, merge_stepper, merge_steps, render_both, render_merge_step, render_tokens,
+                                    spell, temperature_slider, tiktoken_encoding, token_colours)
+from minillm.text.bpe import BPETokenizer
+
+TOKENIZER = BPETokenizer.train(["low low low low low lower lower newest newest widest"], 270)
+
+
+def test_each_step_is_one_merge_and_the_last_is_the_encoding():
+    steps = merge_steps("lower", TOKENIZER)
+    assert steps[0] == [b"l", b"o", b"w", b"e", b"r"]
+    assert all(len(a) > len(b) and b"".join(b) == b"lower" for a, b in zip(steps, steps[1:]))
+    assert [TOKENIZER.ranks[token] for token in steps[-1]] == TOKENIZER.encode("lower")
+
+
+def test_pages_escape_and_count():
+    assert spell(b" a\n") == "␣a⏎" and spell(b"\xe6\x97") == "⟨e6⟩⟨97⟩"
+    page = render_tokens([b"<b>", b"x"], "name", [7, 8])
+    assert "&lt;b&gt;" in page and "2 tokens" in page and "id 7" in page
+    assert "next: " in render_merge_step("lower", TOKENIZER, 0)
+    assert "no two neighbours" in render_merge_step("lower", TOKENIZER, 99)
+    both = render_both("low", {"ours": encoding_of(TOKENIZER), "tiktoken": tiktoken_encoding(TOKENIZER.to_tiktoken())})
+    assert both.count("1 tokens") == 2
+
+
+def test_controls_redraw():
+    stepper = merge_stepper(TOKENIZER, "lower")
+    word, page = stepper.children[0], stepper.children[-1]
+    before = page.value
+    word.value = "widest"
+    assert page.value != before and "w" in page.value
+    colours = token_colours({"ours": encoding_of(TOKENIZER)}, "low")
+    colours.children[0].value = "low low"
+    assert "2 tokens" in colours.children[-1].value
+    slider = temperature_slider(lambda temperature, seed: f" at {temperature} {seed}", "Now")
+    slider.children[0].value = 1.5
+    assert "at 1.5 0" in slider.children[-1].value

@@ -1,0 +1,54 @@
+"""Every rule of the tree must be able to fail."""
+
+import copy
+
+import rules
+
+
+def test_layers():
+    assert rules.wrong_layers("nn", "from minillm.config import ModelConfig\nfrom minillm.nn.masks import causal") == []
+    assert rules.wrong_layers("nn", "def f():\n    from minillm.engine import Engine")[0][0] == 2
+    assert rules.wrong_layers("data", "import minillm.nn.block") and rules.wrong_layers("model", "from minillm import engine")
+    assert rules.wrong_layers("cli", "import minillm.unheard_of")
+
+
+def test_lengths():
+    assert rules.too_long('"""Doc."""\n' * 400) == []
+    assert rules.too_long('"""Doc."""\n' * 401)
+    assert rules.too_long("def f():\n" + "    x = 1\n" * 60)[0][1].startswith("f has 61")
+
+
+def test_docstrings():
+    good = '"""Doc."""\nclass A:\n    """Doc."""\n    def forward(self): ...\n    def _own(self): ...\n'
+    assert rules.undocumented(good) == []
+    assert [line for line, _ in rules.undocumented("class A:\n    def b(self): ...\n")] == [1, 1, 2]
+
+
+def test_words_that_must_not_be_there():
+    assert rules.prints("logger.print(1)") == [] and rules.prints("print(1)")
+    assert rules.unpickles("torch.save(x)") == [] and rules.unpickles("import pickle") and rules.unpickles("x = torch.load(f)")
+    assert rules.unfinished_or_local("a fine line, ~/.cache, /tmp/x") == []
+    assert rules.unfinished_or_local("# TO" + "DO: more") and rules.unfinished_or_local("open('/ro" + "ot/x')")
+    late = "from __future__ import " + "annotations\n"
+    assert rules.late_annotations(late) == [] and rules.late_annotations(late + "import jaxtyping")
+
+
+def test_repetition():
+    one = "def f(a):\n    b = 1\n    c = 2\n    d = 3\n    e = 4\n    return a\n"
+    assert rules.function_bodies(one).keys() == rules.function_bodies(one.replace("def f", "def g")).keys()
+    assert rules.function_bodies("def f(a):\n    return a\n") == {}
+    assert rules.redefined("def attend(): ...", {"attend"}) and not rules.redefined("def mine(): ...", {"attend"})
+
+
+def test_notebooks():
+    good = {"metadata": {"kernelspec": {}, "language_info": {"name": "python"}}, "cells": [
+        {"cell_type": "markdown", "id": "cell-000", "metadata": {}, "source": ["word " * 600]},
+        {"cell_type": "code", "id": "cell-001", "metadata": {}, "execution_count": 1, "outputs": [], "source": []}]}
+    assert rules.notebook_faults(good) == []
+    for place, key, value in ((1, "execution_count", None), (1, "id", "x"), (0, "source", ["few"]), (1, "metadata", {"a": 1}),
+                              (1, "outputs", [{"output_type": "error", "ename": "E"}]),
+                              (1, "outputs", [{"output_type": "stream", "text": "x" * 500_000}])):
+        bad = copy.deepcopy(good)
+        bad["cells"][place][key] = value
+        assert rules.notebook_faults(bad), (key, value)
+    assert rules.notebook_faults(good | {"metadata": {"kernelspec": {}, "language_info": {"name": "python", "version": "3"}}})

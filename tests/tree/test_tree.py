@@ -1,0 +1,80 @@
+"""The rules, applied to this repository."""
+
+import ast
+import json
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+import rules
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = sorted((ROOT / "minillm").rglob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def below(path: Path) -> str:
+    return path.relative_to(ROOT / "minillm").as_posix()
+
+
+def complain(check, paths=PACKAGE):
+    found = [f"{path.relative_to(ROOT)}:{line}: {what}" for path in paths for line, what in check(path)]
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_there_is_something_to_check():
+    assert len(PACKAGE) > 30 and len(NOTEBOOKS) >= 2
+
+
+def test_imports_go_down_only():
+    complain(lambda path: rules.wrong_layers(below(path).split("/")[0].removesuffix(".py"), path.read_text()))
+
+
+@pytest.mark.parametrize("rule", ["too_long", "undocumented", "unpickles", "late_annotations"])
+def test_rule(rule):
+    complain(lambda path: getattr(rules, rule)(path.read_text()))
+
+
+def test_only_commands_print():
+    complain(lambda path: rules.prints(path.read_text()), [p for p in PACKAGE if below(p) not in rules.SPEAKING])
+
+
+def test_the_package_stays_small():
+    lines = sum(path.read_text().count("\n") for path in PACKAGE if not below(path).startswith("course/"))
+    assert lines <= rules.ALL_LINES, f"{lines} lines"
+
+
+def test_nothing_unfinished_and_no_path_of_a_machine():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True).stdout
+    paths = [ROOT / name for name in listed.split("\n") if name.endswith((".py", ".md", ".toml", ".ipynb", ".yml", ".txt",
+                                                                        "Makefile", ".json", ".cfg")) and (ROOT / name).exists()]
+    assert len(paths) > 50
+    complain(lambda path: rules.unfinished_or_local(path.read_text(encoding="utf-8")), paths)
+
+
+def test_no_function_is_written_twice():
+    seen: dict[str, str] = {}
+    twice = []
+    for path in PACKAGE:
+        for body, name in rules.function_bodies(path.read_text()).items():
+            if body in seen:
+                twice.append(f"{below(path)}: {name} has the body of {seen[body]}")
+            seen[body] = f"{below(path)}: {name}"
+    assert not twice, "\n".join(twice)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_stored_as_they_should_be(path):
+    nbformat.validate(nbformat.read(path, as_version=4))
+    assert rules.notebook_faults(json.loads(path.read_text())) == []
+    assert path.stat().st_size < 3_000_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_redefine_nothing(path):
+    public = {node.name for module in PACKAGE for node in ast.parse(module.read_text()).body
+              if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")}
+    found = [f"{cell['id']}: {what}" for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
+             for _, what in rules.redefined(cell.source, public)]
+    assert not found, found

@@ -35,7 +35,7 @@ pretrained: .venv/ready     ## train the course's own checkpoint again
 	$(PY) -m minillm.course.pretrained
 
 bench: .venv/ready-to-test  ## side by side with other libraries: tokenizers, training, generation, growth
-	@for file in benchmarks/*.py; do OMP_NUM_THREADS=1 $(PY) $$file || exit 1; done
+	@for name in tokenization training generation growth; do OMP_NUM_THREADS=1 $(PY) benchmarks/$$name.py || exit 1; done
 
 clean:          ## remove the environment, caches and build files; runs/ stays
 	rm -rf .venv build minillm.egg-info .pytest_cache .hypothesis

@@ -16,16 +16,20 @@ from pygments.lexers import PythonLexer
 PACKAGE = Path(__file__).resolve().parents[1]
 FOLDED = 70  # lines; what is longer opens on a click
 
-# Colours that keep 4.5:1 contrast on white and on JupyterLab's dark background.
+# No colour keeps a contrast of 4.5:1 both on white and on a dark page, so each theme has its own five.
 CSS = """<style>
-.minillm-source { border-left: 3px solid #0072B2; padding: 0 .8em; font-size: 12.5px; line-height: 1.4; }
-.minillm-source pre { font-family: Menlo, Consolas, 'DejaVu Sans Mono', monospace; background: none; white-space: pre; overflow-x: auto; margin: .3em 0; color: inherit; }
-.minillm-source .where { font-family: sans-serif; opacity: .75; }
-.minillm-source .k, .minillm-source .kn, .minillm-source .kc, .minillm-source .ow { color: #2E7BCF; font-weight: 600; }
-.minillm-source .s1, .minillm-source .s2, .minillm-source .sd, .minillm-source .sa, .minillm-source .si { color: #2D8A57; }
-.minillm-source .c1 { color: #8A6D3B; font-style: italic; }
-.minillm-source .nf, .minillm-source .nc, .minillm-source .nd { color: #B3569B; font-weight: 600; }
-.minillm-source .mi, .minillm-source .mf { color: #C25E1A; }
+.minillm-source { --word: #1F66B0; --text: #1E7145; --note: #7A5C26; --name: #9C3F86; --number: #A84A0F;
+  border-left: 3px solid var(--word); padding: 0 .8em; font-size: 12.5px; line-height: 1.4; }
+[data-jp-theme-light="false"] .minillm-source, .vscode-dark .minillm-source {
+  --word: #7DB8F0; --text: #74CFA0; --note: #D3B47A; --name: #E59BD0; --number: #F0A070; }
+.minillm-source pre { font-family: Menlo, Consolas, 'DejaVu Sans Mono', monospace; background: none; white-space: pre;
+  overflow-x: auto; margin: .3em 0; color: inherit; }
+.minillm-source .where { font-family: sans-serif; cursor: pointer; }
+.minillm-source :is(.k, .kn, .kc, .ow) { color: var(--word); font-weight: 600; }
+.minillm-source :is(.s1, .s2, .sd, .sa, .si) { color: var(--text); }
+.minillm-source .c1 { color: var(--note); font-style: italic; }
+.minillm-source :is(.nf, .nc, .nd) { color: var(--name); font-weight: 600; }
+.minillm-source :is(.mi, .mf) { color: var(--number); }
 </style>"""
 
 

@@ -1,7 +1,13 @@
 """The rules of the tree, each a small function from a file's text to a list of complaints (line, what is wrong)."""
 
 import ast
+import base64
+import copy
 import re
+
+import nbformat
+
+from minillm.course.notebooks import normalise
 
 Complaints = list[tuple[int, str]]
 
@@ -12,6 +18,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SPEAKING = ("cli.py", "course/first_run.py")  # the files that may print
 FILE_LINES, FUNCTION_LINES, ALL_LINES = 400, 60, 12_000
 TAGS = {"nbval-ignore-output", "raises-exception"}
+LINK = re.compile(r"\]\(([^)\s]+)\)|<img[^>]*\bsrc=[\"']([^\"']+)")
 
 
 def imports(tree: ast.AST) -> list[tuple[int, str]]:
@@ -20,7 +27,9 @@ def imports(tree: ast.AST) -> list[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found.append((node.lineno, "minillm.(relative): write the full path, so that the line says where to read"))
+        elif isinstance(node, ast.ImportFrom):
             names = [f"minillm.{alias.name}" for alias in node.names] if node.module == "minillm" else [node.module]
             found += [(node.lineno, name) for name in names]
     return [(line, name) for line, name in found if name.startswith("minillm.")]
@@ -71,9 +80,9 @@ def prints(text: str) -> Complaints:
 
 
 def unpickles(text: str) -> Complaints:
-    """pickle and torch.load, which run code from a file."""
+    """pickle and its relatives, torch.load, and numpy's allow_pickle: they run code from a file."""
     found = [(line, line_text) for line, line_text in enumerate(text.splitlines(), 1)
-             if re.search(r"^\s*(import|from) pickle\b|\btorch\.load\(", line_text)]
+             if re.search(r"^\s*(import|from) (pickle|dill|shelve|marshal)\b|\btorch\.load\(|allow_pickle=True", line_text)]
     return [(line, f"unpickling: {line_text.strip()}") for line, line_text in found]
 
 
@@ -86,7 +95,7 @@ def late_annotations(text: str) -> Complaints:
 def unfinished_or_local(text: str) -> Complaints:
     """Marks of unfinished work, paths of a machine, hosts of package registries."""
     marks = "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X"])
-    pattern = rf"\b({marks})\b|(?<![\w.])/(wo[r]k|ro[o]t|fa[r]m)/\w|py[p]i\.org|files\.python[h]osted|registry\.np[m]js"
+    pattern = rf"\b({marks})\b|(?<![\w.])/(wo[r]k|ro[o]t|ho[m]e|Us[e]rs|fa[r]m)/\w|py[p]i\.org|files\.python[h]osted|registry\.np[m]js"
     return [(line, f"{match.group()!r}") for line, line_text in enumerate(text.splitlines(), 1)
             if (match := re.search(pattern, line_text))]
 
@@ -105,7 +114,8 @@ def function_bodies(text: str) -> dict[str, str]:
 
 def redefined(source: str, public: set[str]) -> Complaints:
     """Functions and classes of a notebook cell that take a name of the package."""
-    return [(node.lineno, f"{node.name} is a name of the package") for node in ast.parse(source).body
+    python = "\n".join("pass" if line.startswith(("%", "!")) else line for line in source.splitlines())
+    return [(node.lineno, f"{node.name} is a name of the package") for node in ast.walk(ast.parse(python))
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in public]
 
 
@@ -125,11 +135,44 @@ def notebook_faults(notebook: dict) -> list[str]:
         if tags - TAGS or set(cell["metadata"]) - {"tags", "nbgrader"}:
             faults.append(f"{cell['id']}: metadata {cell['metadata']}")
         for output in cell.get("outputs", []):
-            if output["output_type"] == "error":
+            if output["output_type"] == "error" and "raises-exception" not in tags:
                 faults.append(f"{cell['id']} ends in {output['ename']}")
+            if output.get("name") == "stderr":
+                faults.append(f"{cell['id']} writes to standard error: {''.join(output['text'])[:100]!r}")
             if len(str(output)) > 400_000:
                 faults.append(f"{cell['id']} has an output of {len(str(output)):,} characters")
     words = sum(len("".join(cell["source"]).split()) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
     if words < 600:
         faults.append(f"only {words} words of prose")
     return faults
+
+
+def stale_parts(notebook: nbformat.NotebookNode) -> list[str]:
+    """Cells that are not as `make notebooks` stores them, such as a widget whose kernel is gone."""
+    wanted = normalise(copy.deepcopy(notebook))
+    return [f"{cell['id']}: {key} is not as make notebooks stores it" for cell, target in zip(notebook.cells, wanted.cells)
+            for key in ("id", "metadata", "outputs") if cell.get(key) != target.get(key)]
+
+
+def missing_pictures(notebook: dict) -> list[str]:
+    """Figures stored without their picture or with half of one."""
+    faults = []
+    for cell in notebook["cells"]:
+        for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+            if "<Figure" in str(data.get("text/plain")) and "image/png" not in data:
+                faults.append(f"{cell['id']} has a figure without its picture: is MPLBACKEND set?")
+            if "image/png" in data and not whole_png(base64.b64decode("".join(data["image/png"]))):
+                faults.append(f"{cell['id']} has half a picture")
+    return faults
+
+
+def whole_png(data: bytes) -> bool:
+    """From the signature to the last chunk."""
+    return data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")
+
+
+def local_links(text: str) -> Complaints:
+    """Links and pictures of a Markdown text that name a file beside it, with their lines."""
+    return [(line, target) for line, line_text in enumerate(text.splitlines(), 1)
+            for target in (a or b for a, b in LINK.findall(line_text))
+            if not re.match(r"[a-z]+:|#", target)]

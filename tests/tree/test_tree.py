@@ -56,18 +56,22 @@ def test_nothing_unfinished_and_no_path_of_a_machine():
 def test_no_function_is_written_twice():
     seen: dict[str, str] = {}
     twice = []
-    for path in PACKAGE:
+    for path in [*PACKAGE, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         for body, name in rules.function_bodies(path.read_text()).items():
+            place = f"{path.relative_to(ROOT)}: {name}"
             if body in seen:
-                twice.append(f"{below(path)}: {name} has the body of {seen[body]}")
-            seen[body] = f"{below(path)}: {name}"
+                twice.append(f"{place} has the body of {seen[body]}")
+            seen[body] = place
     assert not twice, "\n".join(twice)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_stored_as_they_should_be(path):
-    nbformat.validate(nbformat.read(path, as_version=4))
-    assert rules.notebook_faults(json.loads(path.read_text())) == []
+    stored, raw = nbformat.read(path, as_version=4), json.loads(path.read_text())
+    nbformat.validate(stored)
+    assert rules.notebook_faults(raw) == []
+    assert rules.missing_pictures(raw) == []
+    assert rules.stale_parts(stored) == []
     assert path.stat().st_size < 3_000_000
 
 
@@ -78,3 +82,14 @@ def test_notebooks_redefine_nothing(path):
     found = [f"{cell['id']}: {what}" for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
              for _, what in rules.redefined(cell.source, public)]
     assert not found, found
+
+
+def test_links_lead_somewhere():
+    def broken(path):
+        text = path.read_text()
+        if path.suffix == ".ipynb":
+            text = "\n".join(cell.source for cell in nbformat.reads(text, 4).cells if cell.cell_type == "markdown")
+        return [(line, f"{target} does not exist") for line, target in rules.local_links(text)
+                if not (path.parent / target.partition("#")[0]).exists()]
+
+    complain(broken, [ROOT / "README.md", *NOTEBOOKS])

@@ -1,6 +1,6 @@
 """BPE beside its peers: training time and memory, and encoding speed, on the same text with the same ids.
 
-    python benchmarks/tokenizers.py [--size 5242880] [--vocab 10000] [--runs 5]
+    python benchmarks/tokenization.py [--size 5242880] [--vocab 10000] [--runs 5]
 
 The text is mixed and made offline: Python's help topics and standard library, and invented words in five
 scripts. Every run is a process of its own, runs of the contestants alternate, and a table has their medians.
@@ -20,9 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-# A script's own folder comes first on the path, and there `import tokenizers` would find this file.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pydoc_data.topics import topics
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers

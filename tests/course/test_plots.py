@@ -1,0 +1,61 @@
+import io
+from itertools import combinations
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+
+from minillm.course.plots import COLOURS, STYLES, bars, loss_curve, use_style
+
+
+@pytest.fixture(autouse=True)
+def drawn_without_a_display():
+    with matplotlib.rc_context():
+        plt.switch_backend("agg")
+        use_style()
+        yield
+        plt.close("all")
+
+
+def png(ax):
+    buffer = io.BytesIO()
+    ax.figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def test_lines_differ_in_style_as_well_as_in_colour():
+    lines = plt.figure().gca().plot([[0] * len(COLOURS), [1] * len(COLOURS)])
+    assert [line.get_color() for line in lines] == list(COLOURS)
+    assert len(set(STYLES)) == len(COLOURS) == len(set(COLOURS))
+    assert len({str(line._dash_pattern) for line in lines}) == len(lines)
+
+
+def without_red(colour):
+    """Roughly what somebody without red cones sees: red and green fall together."""
+    red, green, blue = matplotlib.colors.to_rgb(colour)
+    return 0.15 * red + 0.85 * green, blue
+
+
+def test_colours_can_be_told_apart_without_red_cones():
+    for a, b in combinations(COLOURS, 2):
+        assert max(abs(x - y) for x, y in zip(without_red(a), without_red(b))) > 0.1, (a, b)
+
+
+def test_the_curve_shows_both_losses_and_names_its_limits():
+    ax = loss_curve([(1, 6.0), (2, 4.0)], [(0, 6.2), (2, 4.1)], floor=1.25, start=6.931, title="t")
+    assert [line.get_label() for line in ax.lines[:2]] == ["train, each step", "validation"]
+    assert ax.lines[1].get_xdata().tolist() == [0, 2] and ax.lines[1].get_ydata().tolist() == [6.2, 4.1]
+    assert [text.get_text() for text in ax.texts] == ["uniform guess: 6.931", "best possible: 1.250"]
+    assert [line.get_ydata()[0] for line in ax.lines[2:]] == [6.931, 1.25]
+    assert not loss_curve([(1, 2.0)], [(1, 2.0)]).texts
+
+
+def test_bars_carry_their_values_with_the_first_on_top():
+    ax = bars(["one", "two"], [1, 2_345.6], fmt="{:,.1f}", unit="tokens")
+    assert [text.get_text() for text in ax.texts] == ["1.0", "2,345.6"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["one", "two"]
+    assert ax.yaxis_inverted() and ax.get_xlabel() == "tokens"
+
+
+def test_the_same_figure_is_the_same_file():
+    assert png(bars(["a"], [1])) == png(bars(["a"], [1]))

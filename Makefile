@@ -10,7 +10,7 @@ PARALLEL := -n 2 --dist loadfile
 .PHONY: help run test quick test-all lab notebooks pretrained bench clean
 
 help:           ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 run: .venv/ready            ## train a language model from raw text in about two minutes, into runs/first (ARGS="--fresh")
 	$(PY) -m minillm train --out runs/first $(ARGS)
@@ -42,14 +42,15 @@ clean:          ## remove the environment, caches and build files; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "minillm needs Python 3.11 or newer, and there is no python3 here."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "minillm needs Python 3.11 or newer; found $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11 ..."; exit 1; }
-	$(PYTHON) -m venv .venv
+	  { echo "minillm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
 .venv/ready: requirements.txt pyproject.toml | .venv/bin/python
-	@echo "installing into .venv (about 300 MB, once) ..."
+	@echo "installing into .venv, once: some hundred MB; on Linux torch also brings its GPU libraries, some GB ..."
 	@$(PIP) -r requirements.txt
-	@$(PIP) setuptools wheel
+	@$(PIP) 'setuptools>=77' wheel
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -35,10 +35,12 @@ def loss_curve(train: Sequence[tuple[int, float]], validation: Sequence[tuple[in
     ax = ax or plt.figure().gca()
     ax.plot(*zip(*train, strict=True), color=COLOURS[5], linestyle="-", linewidth=1, label="train, each step")
     ax.plot(*zip(*validation, strict=True), color=COLOURS[0], linestyle="-", marker="o", markersize=4, label="validation")
-    for level, name, style in ((start, "uniform guess", ":"), (floor, "best possible", "--")):
+    # the floor's name stands on the left, where the curves are still far above it
+    for level, name, style, side in ((start, "uniform guess", ":", 1), (floor, "best possible", "--", 0)):
         if level is not None:
             ax.axhline(level, color=COLOURS[1], linestyle=style, linewidth=1.4)
-            ax.annotate(f"{name}: {level:.3f}", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+            ax.annotate(f"{name}: {level:.3f}", (side, level), xycoords=("axes fraction", "data"), va="bottom",
+                        xytext=(3 - 6 * side, 1), textcoords="offset points", ha="right" if side else "left",
                         color=COLOURS[1])
     ax.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title, ylim=(0, None))
     ax.legend(loc="upper right", bbox_to_anchor=(1, 0.9))

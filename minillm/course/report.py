@@ -104,7 +104,7 @@ def _rows(model: ModelConfig, data: Prepared, notes: dict, summary: dict) -> lis
         ("data", f"{data.train.tokens:,} training tokens in {data.train.documents:,} documents"),
         ("trained on", f"{summary['tokens']:,} tokens ({summary['tokens'] / data.train.tokens:.2f} epochs)"),
         ("speed", f"{summary['tokens_per_second']:,.0f} tokens/s = {summary['tokens_per_second'] * flops / 1e9:.0f} GFLOP/s"),
-        ("precision, device", f"{notes['train']['precision']}, {notes['train']['device']}"),
+        ("precision, device", f"{notes['train']['precision']}, {notes['device']}"),
     ]
 
 

@@ -120,7 +120,8 @@ class Trainer:
         """Write a checkpoint of this very moment, and remove the oldest."""
         folder = self.run / f"step-{self.engine.steps_done:06d}"
         notes = {"step": self.engine.steps_done, "model": asdict(self.engine.model.config),
-                 "train": asdict(self.config), "parallel": asdict(self.parallel), "device": str(self.engine.device), "loader": self.loader.state_dict()}
+                 "train": asdict(self.config), "parallel": asdict(self.parallel), "device": str(self.engine.device),
+                 "loader": self.loader.state_dict()}
         save_checkpoint(folder, self.engine.model, self.engine.state_dict(), notes,
                         self.tokenizer.save if self.tokenizer else None)
         prune(self.run, self.config.keep)

@@ -6,14 +6,11 @@ half of a head with the second (Hugging Face's LLaMA) have their rows reordered 
 Source: arXiv:2104.09864 §3.4. Learned positions are a plain table in minillm/model/transformer.py.
 """
 
-from functools import lru_cache
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
-@lru_cache(maxsize=64)
 def rotary_frequencies(head_size: int, theta: float, device: torch.device | None = None) -> Float[Tensor, "half"]:
     """Radians per token for each pair: theta^(-2i/D) for i = 0, ..., D/2 - 1."""
     exponents = torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
@@ -33,11 +30,11 @@ def rotary_turns(positions: Int[Tensor, "rows T"], frequencies: Float[Tensor, "h
 def rotate(x: Float[Tensor, "B T heads D"], turns: Float[Tensor, "rows T 1 half 2"]) -> Float[Tensor, "B T heads D"]:
     """Turn each pair (a, b) of the last dim to (a cos - b sin, a sin + b cos).
 
-    Eager float32 does it as one complex product, twice as fast on a CPU as the four real ones, which the compiler
-    fuses better and which half precision needs.
+    Eager, it is one complex product in float32, several times as fast on a CPU as the four real ones, which the
+    compiler fuses better and which float64 needs to keep its precision.
     """
-    pairs = x.unflatten(-1, (-1, 2))  # (B, T, heads, D) -> (B, T, heads, D/2, 2)
-    if x.dtype == torch.float32 and not torch.compiler.is_compiling():
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)
-    (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+    if x.dtype != torch.float64 and not torch.compiler.is_compiling():
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, heads, D) -> (B, T, heads, D/2)
+        return torch.view_as_real(pairs * torch.view_as_complex(turns)).flatten(-2).to(x.dtype)
+    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)

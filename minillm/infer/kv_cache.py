@@ -23,6 +23,8 @@ class StaticCache:
         shape = (config.layers, batch, config.kv_size, size, config.head_size)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
+        # Each layer's part, cut once: in a small model slicing takes as long as copying.
+        self._parts = [(self.keys[layer], self.values[layer]) for layer in range(config.layers)]
         self.length = 0
 
     @property
@@ -40,8 +42,9 @@ class StaticCache:
         if end > self.keys.shape[3]:
             raise ValueError(f"the cache holds {self.keys.shape[3]} tokens and cannot take {end}: make it larger, "
                              f"or ask for {end - self.keys.shape[3]} tokens fewer.")
-        self.keys[layer, :, :, start:end] = k
-        self.values[layer, :, :, start:end] = v
-        if layer == len(self.keys) - 1:
+        keys, values = self._parts[layer]
+        keys.narrow(2, start, end - start).copy_(k)
+        values.narrow(2, start, end - start).copy_(v)
+        if layer == len(self._parts) - 1:
             self.length = end
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)

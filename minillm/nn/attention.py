@@ -35,15 +35,16 @@ def attend_by_hand(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: 
 def attend(q: Float[Tensor, "B H T D"], k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"],
            mask: Bool[Tensor, "batch 1 T S"] | None = None) -> Float[Tensor, "B H T D"]:
     """The same by torch's fused kernels. No mask means causal, with the queries last among the keys."""
-    heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
-    if mask is None and 1 < queries < keys:
-        mask = causal(queries, keys, q.device)  # torch's own causal mask would start the queries at the first key
-    if mask is None and queries == 1:
-        # One query sees everything: let the heads of a group stand as queries beside each other, without copies of k.
-        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, H, 1, D) -> (B, G, H/G, D)
+    (_, heads, queries, _), (_, kv_heads, keys, _) = q.shape, k.shape
+    if mask is None and queries == 1:  # one query sees everything
+        if kv_heads == heads:
+            return F.scaled_dot_product_attention(q, k, v)
+        # Let the heads of a group stand as queries beside each other, without copies of k.
+        grouped = q.unflatten(1, (kv_heads, -1)).squeeze(3)  # (B, H, 1, D) -> (B, G, H/G, D)
         return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                          enable_gqa=k.shape[1] != heads)
+    if mask is None and queries < keys:
+        mask = causal(queries, keys, q.device)  # torch's own causal mask would start the queries at the first key
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=kv_heads != heads)
 
 
 class Attention(nn.Module):

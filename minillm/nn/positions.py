@@ -35,6 +35,6 @@ def rotate(x: Float[Tensor, "B T heads D"], turns: Float[Tensor, "rows T 1 half 
     """
     if x.dtype != torch.float64 and not torch.compiler.is_compiling():
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, heads, D) -> (B, T, heads, D/2)
-        return torch.view_as_real(pairs * torch.view_as_complex(turns)).flatten(-2).to(x.dtype)
+        return torch.view_as_real(pairs * torch.view_as_complex(turns)).flatten(-2).type_as(x)
     (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -68,6 +68,14 @@ def test_greedy_equals_hugging_face_generate(tmp_path):
     assert torch.equal(generate(load_pretrained(tmp_path), PROMPT % 67, 20, sampling=GREEDY), expected)
 
 
+def test_tokens_can_be_trained_on_and_the_caller_keeps_its_gradients():
+    for token in stream(LLAMA, PROMPT, 2):
+        assert torch.is_grad_enabled()
+        LLAMA(token[:, None]).sum().backward()  # the embedding keeps its ids for this
+    assert LLAMA.embed.weight.grad.abs().sum() > 0
+    LLAMA.zero_grad()
+
+
 def test_rows_stop_by_themselves():
     plain = generate(LLAMA, PROMPT, 20, sampling=GREEDY)
     stop = int(plain[0, 9])  # the fourth token that row 0 writes

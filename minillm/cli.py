@@ -174,7 +174,9 @@ COMMANDS = {"doctor": Doctor, "data": Data, "tokenize": Tokenize, "train": Train
 
 
 def main(args: list[str] | None = None) -> None:
-    """Parse, run, and exit: 0 for success, 2 for a request that cannot be carried out, 3 for training gone wrong."""
+    """Parse, run, and exit: 0 for success, 2 for a request that cannot be carried out, 3 for training gone wrong,
+    130 after Ctrl-C.
+    """
     args = sys.argv[1:] if args is None else args
     show_progress()
     try:
@@ -185,6 +187,9 @@ def main(args: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         print(f"minillm: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("minillm: interrupted.", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse(args: list[str]):

@@ -145,7 +145,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "eval_every", "eval_sequences", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "min_lr"):
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "min_lr", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative.")
         for name in ("lr", "adam_eps"):

@@ -66,6 +66,7 @@ class Trainer:
     def _loop(self, metrics: Metrics, fresh: bool) -> bool:
         """All the steps that are left."""
         steps, started = self.config.steps, time.perf_counter()
+        saved = None if fresh else self.engine.steps_done
         if fresh:
             self._look(metrics)
         with bar("train", total=steps, unit="step", start=self.engine.steps_done) as progress:
@@ -80,9 +81,12 @@ class Trainer:
                     found = self._look(metrics)
                     progress.set_postfix_str(f"train {loss:.3f}, validation {found['val_loss']:.3f}")
                     started = time.perf_counter()
-                if done % self.config.checkpoint_every == 0 or done == steps or self._stop:
+                if done % self.config.checkpoint_every == 0 or done == steps:
                     self.save()
+                    saved = done
                 progress.update(1)
+        if self._stop and saved != self.engine.steps_done:
+            self.save()
         return self.engine.steps_done >= steps
 
     def _step(self) -> tuple[float, float, float]:

@@ -1,8 +1,11 @@
 """The command line, in this process: what it says when it is asked for help, or for what cannot be."""
 
+import errno
+
 import pytest
 
 from minillm.cli import main
+from minillm.train import checkpoint
 
 
 def call(capsys, *args):
@@ -34,8 +37,11 @@ def test_help(capsys, args):
 def test_unknown_words_suggest_the_nearest(capsys):
     code, _, err = call(capsys, "train", "--model.wdith", "3")
     assert code == 2 and "--model.width" in err
-    code, _, err = call(capsys, "train", "--preset", "lama-7b")
-    assert code == 2 and "'llama-7b'" in err
+    for words in (["--preset", "lama-7b"], ["--preset=lama-7b"]):
+        code, _, err = call(capsys, "train", *words)
+        assert code == 2 and "'llama-7b'" in err
+    code, _, err = call(capsys, "trian")
+    assert code == 2 and "trian" in err and "train" in err
 
 
 def test_data_and_tokens_can_be_looked_at(capsys, tmp_path):
@@ -89,6 +95,8 @@ def test_bad_input_is_one_line_that_helps(capsys, tmp_path, case):
     for word in words:
         assert word in said, said
     assert "Traceback" not in err
+    # one line of ours; impossible configurations are shown by tyro, in a box
+    assert len([line for line in err.splitlines() if line.startswith("minillm: ")]) == (case != "heads")
 
 
 def test_a_tokenizer_that_does_not_belong_to_the_shards(capsys, tmp_path):
@@ -98,3 +106,77 @@ def test_a_tokenizer_that_does_not_belong_to_the_shards(capsys, tmp_path):
     (tmp_path / "a" / "tokenizer.json").write_bytes((tmp_path / "b" / "tokenizer.json").read_bytes())
     code, _, err = call(capsys, "train", "--prepared", tmp_path / "a", "--out", tmp_path / "run", "--train.steps", "1")
     assert code == 2 and "was written by tokenizer" in err and "tokenize again" in err
+
+
+TINY = ["--data.size", "40000", "--data.val-fraction", "0.2", "--model.vocab-size", "300", "--model.layers", "1",
+        "--model.width", "16", "--model.heads", "2", "--model.context", "32", "--train.batch-size", "4",
+        "--train.steps", "2", "--train.checkpoint-every", "1", "--train.device", "cpu"]
+
+
+@pytest.fixture
+def run(capsys, tmp_path):
+    """A finished run of two steps, with a checkpoint after each."""
+    assert call(capsys, "train", *TINY, "--out", tmp_path / "run")[0] == 0
+    return tmp_path / "run"
+
+
+def test_a_truncated_checkpoint_is_not_used(capsys, run):
+    weights = run / "step-000002" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    code, _, err = call(capsys, "train", *TINY, "--out", run, "--resume", run / "step-000002")
+    assert code == 2 and f"{len(whole) - 100:,} of {len(whole):,} bytes" in err and f"--resume {run / 'step-000001'}" in err
+    code, _, err = call(capsys, "sample", run / "step-000002")
+    assert code == 2 and "model.safetensors is incomplete" in err and "Traceback" not in err
+    assert call(capsys, "sample", run, "--max-new-tokens", "3")[0] == 0  # the run has another, whole one
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(capsys, run, monkeypatch):
+    before = {path: path.read_bytes() for path in run.glob("step-*/*")}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    code, _, err = call(capsys, "train", *TINY, "--out", run, "--resume", run / "step-000001")
+    assert code == 2 and "the disk is full" in err and "step-000002, untouched" in err and "Traceback" not in err
+    assert {path: path.read_bytes() for path in run.glob("step-*/*")} == before
+
+
+def test_fresh_keeps_the_old_run_aside(capsys, run):
+    before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for number in (1, 2):
+        code, out, err = call(capsys, "train", *TINY, "--out", run, "--train.steps", "1", "--fresh")
+        assert code == 0, err
+        assert f"it is now {run}-before-{number}" in out
+        assert [folder.name for folder in checkpoint.checkpoints(run)] == ["step-000001"]
+    aside = run.with_name("run-before-1")
+    assert {path.relative_to(aside): path.read_bytes() for path in aside.rglob("*") if path.is_file()} == before
+
+
+def test_ids_outside_the_vocabulary_are_named(capsys, run):
+    call(capsys, "tokenize", "--data.size", "60000", "--data.val-fraction", "0.1", "--vocab-size", "400", "--out", run / "more")
+    (run / "step-000002" / "tokenizer.json").write_bytes((run / "more" / "tokenizer.json").read_bytes())
+    code, _, err = call(capsys, "sample", run / "step-000002", "--prompt", "Once upon a time there was a little")
+    assert code == 2 and "outside the vocabulary of 300" in err and "another model's tokenizer" in err
+
+
+def test_training_gone_wrong_has_an_exit_code_of_its_own(capsys, tmp_path):
+    code, _, err = call(capsys, "train", *TINY, "--out", tmp_path / "run", "--train.lr", "1e25", "--train.clip-norm", "0",
+                        "--train.warmup-steps", "0")
+    assert code == 3 and "step 2" in err and "step-000001" in err and "Try a lower --train.lr" in err and "Traceback" not in err
+
+
+def test_data_that_is_already_prepared_cannot_be_asked_for_again(capsys, run):
+    code, _, err = call(capsys, "train", "--prepared", run / "data", "--out", run.with_name("other"), *TINY)
+    assert code == 2 and "leave the --data.* options out" in err
+    assert call(capsys, "train", "--prepared", run / "data", "--out", run.with_name("other"), *TINY[4:])[0] == 0
+
+
+def test_an_interrupt_is_no_traceback(capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minillm.cli.documents", interrupted)
+    code, _, err = call(capsys, "data")
+    assert code == 130 and err.strip() == "minillm: interrupted."

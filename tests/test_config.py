@@ -56,6 +56,7 @@ def test_impossible_models_are_refused_with_both_numbers(changes, words):
 @pytest.mark.parametrize("changes, words", [
     (dict(batch_size=16, microbatch_size=5), ["16", "5", "4 or 8"]),
     (dict(steps=0), ["steps = 0"]),
+    (dict(seed=-1), ["seed = -1", "negative"]),
     (dict(lr=0.0), ["lr = 0.0"]),
     (dict(beta2=1.0), ["beta2 = 1.0"]),
     (dict(min_lr=2.0), ["min_lr = 2.0"]),

@@ -37,6 +37,12 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
     logits = whole.model(uneven.ids)
     by_hand = cross_entropy(logits, uneven.targets) / (4 * 32 - 30)
     torch.testing.assert_close(whole.evaluate(uneven) / uneven.count, float(by_hand.detach()), rtol=1e-12, atol=1e-12)
+    whole.model.zero_grad()
+    # the loss that is returned is added up in float32, its gradient is not
+    torch.testing.assert_close(whole.forward_backward(uneven), by_hand.detach().float(), rtol=1e-6, atol=0.0)
+    by_hand.backward()  # on top of what is there: twice the same
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradient, 2 * expected[name], rtol=1e-10, atol=1e-12)
 
 
 def losses(engine, steps=5):

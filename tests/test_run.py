@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import signal
 import subprocess
@@ -14,8 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from minillm.cli import main
 from minillm.data.prepare import open_prepared
 from minillm.model.huggingface import load_pretrained
+from minillm.progress import show_progress
 from minillm.train.checkpoint import latest_checkpoint
 from minillm.train.metrics import read_metrics
 
@@ -81,34 +84,49 @@ def test_the_checkpoint_is_hugging_faces_too(finished):
     torch.testing.assert_close(load_pretrained(last)(ids), theirs, rtol=1e-4, atol=1e-4)  # float32, logits of size 10
 
 
-def test_it_writes_and_a_seed_repeats_it(finished):
-    texts = [run("sample", finished[0], "--prompt", "One day", "--max-new-tokens", "30", "--seed", seed, *more)
-             for seed, more in (("1", []), ("1", ["--uncached"]), ("2", []))]
-    assert all(code == 0 for code, _, _ in texts)
-    assert texts[0][1].startswith("One day") and texts[0][1] == texts[1][1] != texts[2][1]
+def here(capsys, *args):
+    """The same command in this process, which saves the seconds that importing takes: exit code, output, errors."""
+    with pytest.raises(SystemExit) as end:
+        main([str(arg) for arg in args])
+    show_progress(False)
+    return end.value.code, *capsys.readouterr()
 
 
-def test_the_same_command_again_trains_nothing_and_another_is_refused(finished):
+def test_it_writes_and_a_seed_repeats_it(finished, capsys):
+    asked = ["sample", finished[0], "--prompt", "One day", "--max-new-tokens", "30", "--seed"]
+    code, text, err = run(*asked, 1)
+    assert code == 0 and text.startswith("One day"), err
+    others = [here(capsys, *asked, *more) for more in (["1"], ["1", "--uncached"], ["2"])]
+    assert [code for code, _, _ in others] == [0, 0, 0]
+    assert text == others[0][1] == others[1][1] != others[2][1]
+
+
+def test_the_same_command_again_trains_nothing_and_another_is_refused(finished, capsys):
     folder, _ = finished
     before = (latest_checkpoint(folder).stat().st_mtime_ns, losses(folder))
     code, out, err = run("train", "--out", folder, *SHORT)
-    assert code == 0, err
+    assert code == 0 and "Done." in out, err
     assert before == (latest_checkpoint(folder).stat().st_mtime_ns, losses(folder))
-    code, _, err = run("train", "--out", folder, *SHORT, "--train.lr", "0.5")
-    assert code == 2 and "train.lr was 0.005 and is now 0.5" in err and "--fresh" in err and "Traceback" not in err
+    for option, value, said in (("--train.lr", 0.5, "train.lr was 0.005 and is now 0.5"),
+                                ("--model.layers", 3, "model.layers was 2 and is now 3"),
+                                ("--data.seed", 1, "seed was 0 and is now 1")):
+        code, _, err = here(capsys, "train", "--out", folder, *SHORT, option, value)
+        assert code == 2 and said in err and "Traceback" not in err
+        assert "--fresh" in err or "another folder" in err
+    assert before == (latest_checkpoint(folder).stat().st_mtime_ns, losses(folder))
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_losses(finished, tmp_path):
     folder = tmp_path / "killed"
     process = command("train", "--out", folder, *SHORT)
+    step = random.randint(52, 110)  # after a checkpoint, and far enough from the end to be surely in time
     deadline = time.monotonic() + 120
-    while latest_checkpoint(folder) is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.4)  # into the steps after the first checkpoint
+    while len(losses(folder)) < step and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert 0 < len(losses(folder)) < 200
+    assert step <= len(losses(folder)) < 200, step
     code, _, err = run("train", "--out", folder, *SHORT)
     assert code == 0, err
     assert losses(folder) == losses(finished[0])
@@ -126,12 +144,3 @@ def test_a_signal_saves_and_ends_well(which, tmp_path):
     saved = latest_checkpoint(tmp_path / "run")
     assert saved is not None and json.loads((saved / "trainer.json").read_text())["step"] == losses(tmp_path / "run")[-1][0]
     assert "Go on with the same command" in out
-
-
-def test_fresh_keeps_the_old_run_aside(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine.txt").write_text("keep me")
-    code, _, err = run("train", "--out", tmp_path / "run", *SHORT, "--train.steps", "2", "--fresh")
-    assert code == 0, err
-    assert (tmp_path / "run-before-1" / "mine.txt").read_text() == "keep me"
-    assert latest_checkpoint(tmp_path / "run").name == "step-000002"

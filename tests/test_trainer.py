@@ -1,5 +1,7 @@
 import errno
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -65,15 +67,91 @@ def test_metrics_after_the_checkpoint_are_dropped(data, tmp_path):
     assert [s for s, _ in steps_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_loss_that_is_no_number_stops_with_advice_and_spoils_nothing(data, tmp_path):
-    job = trainer(data, tmp_path)
-    job.at = {3: lambda: dict(spoiled=bool(job.engine.model.embed.weight.data.fill_(float("nan")).isnan().all()))}
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_stops_with_advice_and_spoils_nothing(data, tmp_path, wrong):
+    job, calls = trainer(data, tmp_path), []
+
+    def loss(logits, batch):
+        calls.append(1)
+        right = cross_entropy(logits, batch.targets)
+        if not logits.requires_grad or job.engine.steps_done < 3:
+            return right
+        # the root of 0 has the gradient inf, and inf times 0 is no number, though the loss itself is one
+        return right * float("nan") if wrong == "loss" else right + (logits * 0).square().sum().sqrt()
+
+    job.engine.loss = loss
+    job.at = {3: lambda: before.update({n: t.clone() for n, t in job.engine.model.state_dict().items()}) or {}}
+    before = {}
     with pytest.raises(TrainingError) as error:
         job.train()
-    for words in ("step 4", "nan", "step-000002", "--train.lr"):
+    for words in ("step 4", "nan", f"last good checkpoint is {tmp_path / 'step-000002'}", "--train.lr", "fp32"):
         assert words in str(error.value)
-    assert job.engine.steps_done == 3
+    assert job.engine.steps_done == 3 and steps_of(tmp_path)[-1][0] == 3
+    after = job.engine.model.state_dict()
+    assert before and all(torch.equal(after[name], before[name]) for name in before)
     assert checkpoint.latest_checkpoint(tmp_path).name == "step-000002"
+    assert trainer(data, tmp_path).train(resume=tmp_path / "step-000002")
+
+
+class Bar:
+    """Stands for the progress bar; sends a signal when the third step is counted."""
+
+    def __init__(self, *_, **__):
+        self.counted = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def set_postfix_str(self, text):
+        pass
+
+    def update(self, count):
+        self.counted += count
+        if self.counted == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("when, step", [("first look", 0), ("look", 2), ("between steps", 3), ("last look", 6)])
+def test_a_signal_at_any_moment_saves_this_very_step(data, tmp_path, monkeypatch, when, step):
+    trainer(data, tmp_path / "whole").train()
+    job = trainer(data, tmp_path / "run", checkpoint_every=100)
+    if when == "between steps":
+        monkeypatch.setattr("minillm.trainer.bar", Bar)
+    else:
+        job.at = {step: lambda: os.kill(os.getpid(), signal.SIGINT) or {}}
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    assert job.train() is (step == 6)
+    assert [f.name for f in checkpoint.checkpoints(tmp_path / "run")] == [f"step-{step:06d}"]
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    monkeypatch.undo()
+    assert trainer(data, tmp_path / "run").train(resume=checkpoint.latest_checkpoint(tmp_path / "run"))
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
+
+
+def test_a_second_signal_does_not_wait(data, tmp_path):
+    job = trainer(data, tmp_path)
+    job.at = {2: lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and {}}
+    with pytest.raises(KeyboardInterrupt):
+        job.train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not checkpoint.checkpoints(tmp_path)
+
+
+def test_only_the_newest_checkpoints_are_kept(data, tmp_path):
+    trainer(data, tmp_path, checkpoint_every=1, keep=3).train()
+    assert [f.name for f in checkpoint.checkpoints(tmp_path)] == [f"step-00000{step}" for step in (4, 5, 6)]
+
+
+def test_an_evaluation_of_a_few_sequences_is_their_mean(data, tmp_path):
+    job = trainer(data, tmp_path)
+    batch = next(evaluation_batches(data.val, 4, 32))
+    expected = float(cross_entropy(job.engine.model(batch.ids), batch.targets).detach()) / 128
+    found = job.evaluate(4)
+    # float32, the same batch: equal but for the order of summation
+    assert found == {"val_loss": pytest.approx(expected, rel=1e-6), "val_tokens": 128}
 
 
 def test_another_configuration_is_not_continued(data, tmp_path):

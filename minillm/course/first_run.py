@@ -72,9 +72,9 @@ def _where_to_resume(run: Path, asked: Path | None) -> Path | None:
     if asked is not None:
         return asked
     newest = latest_checkpoint(run)
-    broken = [folder for folder in checkpoints(run) if newest is None or folder.name > newest.name]
-    if broken:
-        say(f"{broken[-1]} is not whole and is passed over.")
+    found = checkpoints(run)
+    if found and found[-1] != newest:
+        say(f"{found[-1]} is not whole and is passed over.")
     return newest
 
 

@@ -152,6 +152,8 @@ def _read_header(path: Path) -> Header:
                          f"Make it again with minillm tokenize.")
     try:
         header = Header(**json.loads(raw[len(MARK):].rstrip(b"\0")))
+        if header.dtype not in ("uint16", "uint32") or not (header.tokens >= 1 and header.vocab_size >= 1):
+            raise ValueError(f"{header.tokens!r} ids of {header.vocab_size!r} as {header.dtype!r}")
     except (ValueError, TypeError) as error:
         raise ShardError(f"{path}: the header cannot be read ({error}). Make the shard again.") from None
     expected = HEADER + header.tokens * np.dtype(header.dtype).itemsize

@@ -25,6 +25,8 @@ from minillm.files import sync, write_atomically
 from minillm.model.huggingface import CheckpointError, load_tensors, save_pretrained, save_tensors
 from minillm.model.transformer import Transformer
 
+NEEDED = ("config.json", "model.safetensors", "optimizer.safetensors", "trainer.json")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -88,6 +90,8 @@ def what_is_wrong(folder: Path) -> str | None:
         sizes = json.loads(manifest.read_text())
     except ValueError:
         return "manifest.json is not whole"
+    if not isinstance(sizes, dict) or not all(isinstance(sizes.get(name), int) for name in NEEDED):
+        return "manifest.json does not list the files of a checkpoint"
     for name, expected in sizes.items():
         file = folder / name
         if not file.exists():
@@ -99,7 +103,7 @@ def what_is_wrong(folder: Path) -> str | None:
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first, whole or not."""
-    return sorted(Path(run).glob("step-*"))
+    return sorted(Path(run).glob("step-*"), key=_age)
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -114,10 +118,17 @@ def prune(run: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
+def _age(folder: Path) -> tuple[int, str]:
+    """Sorts step-1000000 behind step-999999, which as text comes first."""
+    return len(folder.name), folder.name
+
+
 def _not_written(folder: Path, model: Transformer, error: Exception) -> str:
     """Why a checkpoint could not be written, and what is still there."""
     needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error)
+    # safetensors writes in Rust, whose errors carry the number in their text only
+    full = any(getattr(error, "errno", None) == number or f"(os error {number})" in str(error)
+               for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
     whole = latest_checkpoint(folder.parent)
     kept = f"The last whole checkpoint is {whole}, untouched." if whole else "There is no earlier checkpoint."
     free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0

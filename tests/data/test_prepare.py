@@ -4,6 +4,7 @@ import math
 import pytest
 
 from minillm.data.prepare import DataConfig, open_prepared, prepare
+from minillm.data.shards import write_shards
 from minillm.data.stories import stories
 
 CONFIG = DataConfig(size=40_000, val_fraction=0.2, tokenizer_size=20_000)
@@ -38,6 +39,28 @@ def test_another_request_is_refused(prepared):
 def test_an_unfinished_folder_is_not_opened(tmp_path):
     with pytest.raises(FileNotFoundError, match="data.json"):
         open_prepared(tmp_path)
+
+
+def test_an_interrupted_preparation_is_done_again(prepared, tmp_path, monkeypatch):
+    def interrupted(folder, name, documents, tokenizer):
+        if name == "val":
+            raise KeyboardInterrupt
+        return write_shards(folder, name, list(documents)[:3], tokenizer)  # and this one left unfinished
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("minillm.data.prepare.write_shards", interrupted)
+        prepare(tmp_path, CONFIG, 320)
+    with pytest.raises(FileNotFoundError, match="no finished data folder"):
+        open_prepared(tmp_path)
+    again = prepare(tmp_path, CONFIG, 320)
+    for split in ("train", "val"):
+        assert getattr(again, split)[:].tolist() == getattr(prepared, split)[:].tolist()
+
+
+def test_stories_are_never_thinned_out(tmp_path, monkeypatch):
+    # without its rare near-copies, the text would no longer have the entropy that the grammar says
+    monkeypatch.setattr("minillm.data.prepare.remove_duplicates", lambda *_: pytest.fail("looked for duplicates"))
+    assert CONFIG.dedup and prepare(tmp_path, CONFIG, 300).train.documents > 20
 
 
 def test_duplicates_are_removed_from_text_and_counted(tmp_path):

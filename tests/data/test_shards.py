@@ -127,6 +127,14 @@ def test_a_foreign_file_is_refused(tmp_path, content, words):
         open_shards(tmp_path, "train")
 
 
+@pytest.mark.parametrize("changes", [{"dtype": "uint17"}, {"dtype": "int16"}, {"dtype": "|S2"}, {"tokens": 0}, {"tokens": "6"},
+                                     {"vocab_size": "many"}])
+def test_a_header_that_makes_no_sense_is_refused(one_shard, changes):
+    change_header(one_shard, **changes)
+    with pytest.raises(ShardError, match="train-00000.bin: the header cannot be read"):
+        open_shards(one_shard.parent, "train")
+
+
 def test_a_file_of_another_version_is_refused(one_shard):
     one_shard.write_bytes(b"minillm0" + one_shard.read_bytes()[len(MARK):])
     with pytest.raises(ShardError, match="no token shard of this version"):
@@ -154,6 +162,20 @@ def test_shards_of_two_tokenizers_are_not_mixed(tmp_path, tokenizer, docs):
     change_header(paths[1], tokenizer="0123456789abcdef")
     with pytest.raises(ShardError, match="different tokenizers"):
         open_shards(tmp_path, "train")
+
+
+def test_a_crash_in_a_later_shard_leaves_whole_files_only(tmp_path, tokenizer, docs):
+    def crashing():
+        yield from docs[:25]
+        raise RuntimeError("power cut")
+
+    older = write_shards(tmp_path, "train", docs, tokenizer, shard_tokens=2_000)
+    with pytest.raises(RuntimeError):
+        write_shards(tmp_path, "train", crashing(), tokenizer, shard_tokens=2_000)
+    left = sorted(tmp_path.iterdir())
+    assert 0 < len(left) < len(older)
+    whole = open_shards(tmp_path, "train")
+    assert whole[:].tolist() == every_id(tokenizer, docs)[:len(whole)]  # new text only, none of it cut
 
 
 def test_a_missing_shard_is_noticed(tmp_path, tokenizer, docs):

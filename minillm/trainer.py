@@ -19,11 +19,11 @@ from minillm.data.shards import TokenShards
 from minillm.engine import Engine
 from minillm.model.huggingface import CheckpointError, load_pretrained
 from minillm.progress import bar, say
-from minillm.train.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from minillm.train.checkpoint import latest_checkpoint, leave_behind, load_checkpoint, prune, save_checkpoint
 from minillm.train.loss import bits_per_byte
 from minillm.train.metrics import Metrics
 
-# Fields that may differ when a run resumes: they say when to look and save, not what is computed.
+# Fields that may differ when a run resumes: when to look and save, and how fast (compiling rounds differently).
 FREE_TO_CHANGE = ("eval_every", "eval_sequences", "checkpoint_every", "keep", "compile")
 
 
@@ -53,6 +53,8 @@ class Trainer:
         """
         if resume:
             self.restore(resume)
+            for folder in leave_behind(self.run, Path(resume)):
+                say(f"{folder.name} comes later than {Path(resume).name} and was put aside under this name.")
         metrics = Metrics(self.run / "metrics.jsonl", resume_at=self.engine.steps_done if resume else None,
                           tensorboard=self.tensorboard)
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -205,3 +205,17 @@ def test_what_can_be_wrong_with_a_checkpoint(data, tmp_path):
     (folder / "manifest.json").write_text("{")
     assert checkpoint.what_is_wrong(folder) == "manifest.json is not whole"
     assert checkpoint.what_is_wrong(tmp_path / "step-9") == "the folder does not exist"
+
+
+def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(data, tmp_path):
+    trainer(data, tmp_path, keep=3).train()
+    before = steps_of(tmp_path)
+    weights = (tmp_path / "step-000006" / "model.safetensors").read_bytes()
+    again = trainer(data, tmp_path, keep=1)
+    again.at = {3: lambda: again._on_signal(15, None) or {}}  # stopped half way along the new branch
+    assert again.train(resume=tmp_path / "step-000002") is False
+    # the newest checkpoint is the new branch's, not the one that was given up, which is kept under another name
+    assert checkpoint.latest_checkpoint(tmp_path).name == "step-000003"
+    assert (tmp_path / "left-step-000006" / "model.safetensors").read_bytes() == weights
+    assert trainer(data, tmp_path, keep=1).train(resume=checkpoint.latest_checkpoint(tmp_path)) is True
+    assert steps_of(tmp_path) == before

@@ -118,6 +118,19 @@ def prune(run: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
+def leave_behind(run: Path, start: Path) -> list[Path]:
+    """Give the checkpoints of a run that are later than `start` other names: going on from there, the run takes
+    another way, and neither pruning nor the next resume may mix the two. Returns the new names, left-step-...
+    """
+    left = []
+    for folder in checkpoints(run):
+        if start.resolve().parent == Path(run).resolve() and _age(folder) > _age(start):
+            aside = folder.with_name(f"left-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)  # the same step of a way that was left before
+            left.append(folder.rename(aside))
+    return left
+
+
 def _age(folder: Path) -> tuple[int, str]:
     """Sorts step-1000000 behind step-999999, which as text comes first."""
     return len(folder.name), folder.name

@@ -82,8 +82,8 @@ def _tensors(expected: torch.Tensor, got, rtol: float, atol: float, at: str) -> 
     wrong = int((~right).sum())
     prefix = f"of the right shape {tuple(expected.shape)}, but " if expected.ndim else ""
     rows = ""
-    if expected.ndim > 1 and right[0].all():
-        rows = f"; up to index {first[0]} of the first dim all is right"
+    if expected.ndim > 1 and first[0] > 0:
+        rows = "; index 0 of the first dim is right" if first[0] == 1 else f"; indices 0 to {first[0] - 1} of the first dim are right"
     return (f"{prefix}{wrong} of {expected.numel()} entries differ{at}, first at {first}: {_number(one)} was expected, and this is "
             f"{_number(other)}{rows}")
 

@@ -5,6 +5,7 @@ called as it is. A class, a hook or an optimizer needs a driver that uses it and
 has tests with `ranks`. docs/authoring.md walks through writing one.
 """
 
+import ast
 import inspect
 import random
 import textwrap
@@ -120,8 +121,14 @@ class Exercise:
 
     @property
     def driver_source(self) -> str:
-        """The driver's source, which is all that is sent to where the student's code runs."""
-        return textwrap.dedent(inspect.getsource(self.driver))
+        """The driver's source without annotations: all that is sent to where the student's code runs."""
+        tree = ast.parse(textwrap.dedent(inspect.getsource(self.driver)))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                node.returns, node.decorator_list = None, []
+            if isinstance(node, ast.arg):
+                node.annotation = None
+        return ast.unparse(tree)
 
     def in_variant(self, name: str | None) -> "Exercise":
         """The exercise under another convention; the usual solution becomes one of its mistakes.

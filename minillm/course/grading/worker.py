@@ -28,7 +28,7 @@ def main(fd: int) -> None:
     for name in request["bans"]:
         _ban(name)
     held = lockdown.lock_down(*request["lock"])
-    protocol.send(channel, {"id": request["id"], "ready": True, "held": held})
+    protocol.send(channel, {"id": request["id"], "ready": not (trouble := _cannot_import()), "trouble": trouble, "held": held})
     student = Student()
     while True:
         try:
@@ -40,6 +40,17 @@ def main(fd: int) -> None:
             protocol.send(channel, {"id": request["id"], **answer})
         except TypeError as error:
             protocol.send(channel, {"id": request["id"], "unsendable": str(error)[:300]})
+
+
+def _cannot_import() -> str:
+    """Why Python's own modules cannot be imported any more, if so; a student's code will want some."""
+    try:
+        importlib.import_module("multiprocessing.popen_fork")
+        importlib.import_module("colorsys")
+    except ImportError as error:
+        return (f"as user {os.getuid()}, {error}: Python lies in a folder that only its owner may enter ({sys.prefix}). Install "
+                "bubblewrap, or a Python that all users can read")
+    return ""
 
 
 def _ban(name: str) -> None:

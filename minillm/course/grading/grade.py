@@ -17,6 +17,7 @@ from minillm.course.grading.sandbox import InfrastructureError, Worker, WorkerGo
 from minillm.course.grading.submission import Submission, UnreadableError, code_cells, forbidden
 
 MOST_SECONDS = 240  # for one submission, besides starting
+LOAD_SECONDS = 30  # for running its cells
 
 
 def seed_for(key: bytes, student: str) -> str:
@@ -72,6 +73,7 @@ class _Run:
         self.cells, self.exercises, self.seed, self.walls, self.deadline = cells, exercises, seed, walls, deadline
         self.worker: Worker | None = None
         self.problems: list[str] = []
+        self.only_definitions, self.unloadable = False, ""
         self.printed = ""
 
     def grade(self) -> list[dict]:
@@ -81,17 +83,30 @@ class _Run:
             self._stop()
 
     def _start(self) -> None:
-        """A worker with the student's cells loaded. Raises: WorkerGone when loading them ends it."""
-        self._stop()
-        self.worker = Worker(**self.walls)
-        if not self.worker.held["user"]:
-            raise InfrastructureError("the worker could not give up root's rights. Grade as an ordinary user.")
-        try:
-            loaded = self.worker.load(self.cells, {e.name: e.driver_source for e in self.exercises}, min(30, self._left()))
-        except WorkerGone:
+        """A worker with the student's cells loaded; if running them all ends it, with their definitions only.
+
+        Raises: WorkerGone when that ends it too, and from then on at once.
+        """
+        if self.unloadable:
+            raise WorkerGone(self.unloadable)
+        drivers = {e.name: e.driver_source for e in self.exercises}
+        for definitions_only in (False, True):
+            if self.only_definitions and not definitions_only:
+                continue
             self._stop()
-            raise
-        self.problems = _load_problems(loaded.get("problems"), len(self.cells))
+            self.worker = Worker(**self.walls)
+            if not self.worker.held["user"]:
+                raise InfrastructureError("the worker could not give up root's rights. Grade as an ordinary user.")
+            try:
+                loaded = self.worker.load(self.cells, drivers, definitions_only, min(LOAD_SECONDS, self._left()))
+            except WorkerGone as error:
+                self._stop()
+                self.only_definitions, self.unloadable = True, f"running your cells, {error}" if definitions_only else ""
+                self.problems = [f"Running your cells, {error}; so only their imports, functions, classes and assignments were run."]
+            else:
+                self.problems = self.problems[:1] + _load_problems(loaded.get("problems"), len(self.cells))
+                return
+        raise WorkerGone(self.unloadable)
 
     def _stop(self) -> None:
         if self.worker:

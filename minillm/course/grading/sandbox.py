@@ -31,7 +31,18 @@ WARNING = {"bubblewrap": "",
                      "submission can read and write whatever you can, the tests too. Grade on Linux with bubblewrap."}
 PACKAGE = Path(__file__).resolve().parents[2]
 INSIDE = ("course/grading/protocol.py", "course/grading/ranks.py", "course/grading/lockdown.py", "course/grading/worker.py")
-STAND_IN = "def check(*args, **kwargs):\n    return None\n\n\ndef hint(*args, **kwargs):\n    return None\n"
+STAND_IN = """
+class Nothing:
+    passed, points, results = True, 0, ()
+
+
+def check(*args, **kwargs):
+    return Nothing()
+
+
+def hint(*args, **kwargs):
+    return ""
+"""
 START = "import sys; sys.path[:0] = {path!r}; from minillm.course.grading.worker import main; main({fd})"
 MEMORY = 4 << 30  # bytes, of all processes of a submission together
 LIMITS = {"AS": 3 << 30, "CPU": 300, "FSIZE": 32 << 20, "NPROC": 128, "NOFILE": 256, "CORE": 0}
@@ -140,9 +151,9 @@ class Worker:
             raise protocol.ProtocolError(str(ready.get("trouble")))
         self.held = ready["held"]
 
-    def load(self, cells: list[str], drivers: dict[str, str], seconds: float = 30) -> dict:
+    def load(self, cells: list[str], drivers: dict[str, str], definitions_only: bool = False, seconds: float = 30) -> dict:
         """Run the cells. Raises: WorkerGone."""
-        return self.ask({"do": "load", "cells": cells, "drivers": drivers}, seconds)
+        return self.ask({"do": "load", "cells": cells, "drivers": drivers, "definitions_only": definitions_only}, seconds)
 
     def call(self, exercise: str, inputs: tuple, ranks: int, seconds: float) -> dict:
         """What the student's function makes of inputs: {"result": ...} or what happened. Raises: WorkerGone."""

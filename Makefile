@@ -7,7 +7,7 @@ NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.
 PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quick test-all lab notebooks pretrained bench clean
+.PHONY: help run test quick test-all lab notebooks exercises pretrained bench clean
 
 help:           ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -17,7 +17,7 @@ run: .venv/ready            ## train a language model from raw text in about two
 
 test: .venv/ready-to-test   ## everything that must hold: unit tests, parity with other libraries, notebooks, a short run
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) $(NBVAL) notebooks
+	OMP_NUM_THREADS=1 MINILLM_PROGRESS= $(PY) -m pytest $(PARALLEL) $(NBVAL) notebooks solutions
 
 quick: .venv/ready-to-test  ## the minute that one runs while working: unit tests, without notebooks and runs
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) tests --ignore tests/test_run.py --ignore tests/test_resume.py
@@ -29,7 +29,10 @@ lab: .venv/ready            ## open the course in JupyterLab
 	$(PY) -m jupyterlab notebooks/00_start_here.ipynb
 
 notebooks: .venv/ready      ## execute every notebook again and store its outputs
-	$(PY) -m minillm.course.notebooks notebooks/*.ipynb
+	$(PY) -m minillm.course.notebooks notebooks/*.ipynb solutions/*.ipynb
+
+exercises: .venv/ready      ## make the students' notebooks from those with the solutions
+	$(PY) -m minillm exercises
 
 pretrained: .venv/ready     ## train the course's own checkpoint again
 	$(PY) -m minillm.course.pretrained
@@ -56,5 +59,5 @@ clean:          ## remove the environment, caches and build files; runs/ stays
 
 .venv/ready-to-test: .venv/ready
 	@echo "installing the test tools into .venv ..."
-	@$(PIP) --no-build-isolation --editable '.[test]'
+	@$(PIP) --no-build-isolation --editable '.[test,teach]'
 	@touch $@

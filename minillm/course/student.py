@@ -15,7 +15,6 @@ import nbformat
 
 from minillm.course.exercises import find_exercise
 from minillm.files import write_atomically
-from minillm.progress import say
 
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
 
@@ -118,7 +117,3 @@ def generate(solutions: Path, out: Path, variants: Mapping[str, str] | None = No
         write_atomically(written[-1], nbformat.writes(made, version=4) + "\n")
     return written
 
-
-if __name__ == "__main__":
-    for made in generate(Path("solutions"), Path("exercises")):
-        say(str(made))

@@ -119,7 +119,7 @@ def redefined(source: str, public: set[str]) -> Complaints:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in public]
 
 
-def notebook_faults(notebook: dict) -> list[str]:
+def notebook_faults(notebook: dict, least_words: int = 600) -> list[str]:
     """What must not be in a stored notebook: cells not run, errors, volatile metadata, huge outputs, too few words."""
     faults = []
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -142,7 +142,7 @@ def notebook_faults(notebook: dict) -> list[str]:
             if len(str(output)) > 400_000:
                 faults.append(f"{cell['id']} has an output of {len(str(output)):,} characters")
     words = sum(len("".join(cell["source"]).split()) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
-    if words < 600:
+    if words < least_words:
         faults.append(f"only {words} words of prose")
     return faults
 

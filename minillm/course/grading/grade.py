@@ -77,6 +77,7 @@ class _Run:
         self.printed = ""
 
     def grade(self) -> list[dict]:
+        """The results of all its exercises. Raises: InfrastructureError."""
         try:
             return [self._exercise(exercise) for exercise in self.exercises]
         finally:

@@ -18,7 +18,8 @@ READ = (1 << 0) | (1 << 2) | (1 << 3)  # execute, read a file, read a folder
 ACCESS_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
 
 
-def _libc():
+def libc() -> ctypes.CDLL:
+    """The C library, whose errors can be asked for."""
     return ctypes.CDLL(None, use_errno=True)
 
 
@@ -41,8 +42,8 @@ def lock_down(uid: int | None, limits: dict[str, int], readable: list[str], writ
         resource.setrlimit(number, (value, value))
     held["limits"] = True
     if sys.platform == "linux":
-        _libc().prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # becoming another user cleared it; /proc/self is needed
-        _libc().prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        libc().prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # becoming another user cleared it; /proc/self is needed
+        libc().prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     held["files"] = _landlock(readable, writable)
     return held
 
@@ -52,7 +53,7 @@ def _no_network() -> bool:
     if sys.platform != "linux":
         return False
     uid, gid, spaces = os.getuid(), os.getgid(), CLONE_NEWNET | CLONE_NEWIPC
-    if _libc().unshare(spaces if uid == 0 else spaces | CLONE_NEWUSER) != 0:
+    if libc().unshare(spaces if uid == 0 else spaces | CLONE_NEWUSER) != 0:
         return False
     if uid != 0:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
@@ -72,7 +73,7 @@ def _loopback_up() -> None:
 
 def landlock_abi() -> int:
     """The kernel's version of landlock; 0 without it."""
-    return max(0, _libc().syscall(LANDLOCK_CREATE, None, 0, 1)) if sys.platform == "linux" else 0
+    return max(0, libc().syscall(LANDLOCK_CREATE, None, 0, 1)) if sys.platform == "linux" else 0
 
 
 def _landlock(readable: list[str], writable: list[str]) -> bool:
@@ -80,10 +81,10 @@ def _landlock(readable: list[str], writable: list[str]) -> bool:
     abi = landlock_abi()
     if not abi:
         return False
-    libc, access = _libc(), ACCESS_BY_ABI[min(abi, 5)]
+    c, access = libc(), ACCESS_BY_ABI[min(abi, 5)]
     rules = struct.pack("QQQ", access, 0b11 if abi >= 4 and not only_loopback() else 0, 0b11 if abi >= 6 else 0)
     rules = rules[:8 if abi < 4 else 16 if abi < 6 else 24]
-    ruleset = libc.syscall(LANDLOCK_CREATE, rules, len(rules), 0)
+    ruleset = c.syscall(LANDLOCK_CREATE, rules, len(rules), 0)
     if ruleset < 0:
         return False
     for paths, allowed in ((readable, READ), (writable, access)):
@@ -93,9 +94,9 @@ def _landlock(readable: list[str], writable: list[str]) -> bool:
             except OSError:
                 continue
             one = allowed if os.path.isdir(path) else allowed & ((1 << 0) | (1 << 1) | (1 << 2) | (1 << 14))
-            libc.syscall(LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", one & access, file), 0)
+            c.syscall(LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", one & access, file), 0)
             os.close(file)
-    done = libc.syscall(LANDLOCK_RESTRICT, ruleset, 0) == 0
+    done = c.syscall(LANDLOCK_RESTRICT, ruleset, 0) == 0
     os.close(ruleset)
     return done
 

@@ -359,7 +359,7 @@ def _is_mine(path: Path) -> bool:
 def _become_subreaper() -> None:
     """Daemons of a worker become our children, not init's, so that they can be found."""
     if sys.platform == "linux":
-        lockdown._libc().prctl(lockdown.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        lockdown.libc().prctl(lockdown.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _kill_orphans(before: set[int]) -> None:

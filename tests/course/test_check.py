@@ -167,7 +167,7 @@ def test_regions_that_are_wrong():
         return nbformat.v4.new_notebook(cells=[cell])
     for book, why in ((made("### BEGIN SOLUTION\nx"), "has no end"), (made("### BEGIN SOLUTION\n### BEGIN SOLUTION"), "twice"),
                       (made("### BEGIN SOLUTION\n### END SOLUTION"), "not marked as one"),
-                      (made("### BEGIN HIDDEN TESTS\n### END HIDDEN TESTS", solution=True), "not marked as one of grading")):
+                      (made("### BEGIN HIDDEN TESTS\n### END HIDDEN TESTS", locked=True), "not marked as one of grading")):
         with pytest.raises(ValueError, match=why):
             student_version(book)
     twice = made("x", solution=True)

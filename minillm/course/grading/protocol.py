@@ -89,7 +89,7 @@ def _value(node, buffers: list[bytes]):
         return node
     if isinstance(node, list):
         return [_value(v, buffers) for v in node]
-    kind = next(iter(node))
+    kind = next(iter(node), "")
     if kind == "int":
         return int(node["int"], 16)
     if kind == "map":

@@ -126,7 +126,7 @@ def test_magics_do_nothing():
 
 
 VALUES = [None, True, -5, 1 << 80, 1.5, float("inf"), "é\ud800", b"\0x", [1, [2]], {"a": {(1, 2): 3}}, {1, 2}, torch.arange(6).reshape(2, 3),
-          torch.tensor(1.5), torch.zeros(0, 3), torch.tensor([True, False]), torch.randn(3, dtype=torch.float64).to(torch.bfloat16)]
+          torch.tensor(1.5), torch.zeros(0, 3), torch.tensor([True, False]), torch.tensor([0.5, -2.0, 3.0], dtype=torch.bfloat16)]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)

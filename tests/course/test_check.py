@@ -101,12 +101,12 @@ def test_kinds_of_exercises_are_graded(kinds):
     source = KINDS.read_text()
     solved = source[source.index("# a layer"):source.index("EXERCISES")]  # the drivers in it are of no use to anybody
     result = grade(Submission("a", notebook(solved)), list(kinds.values()), KEY)
-    assert result["points"] == result["of"] == 5, result
+    assert result.get("points") == result["of"] == 5, result
     wrong = grade(Submission("b", notebook(solved + "\nmean_of_all = sum_of_all\nclip_hook = clip_one_side")), list(kinds.values()), KEY)
-    assert wrong["points"] == 2 and "divide by the number of ranks" in str(wrong["exercises"])
+    assert wrong.get("points") == 2 and "divide by the number of ranks" in str(wrong["exercises"])
     hung = "def mean_of_all(part):\n    import torch.distributed as dist\n    if dist.get_rank(): dist.barrier()\n    return part"
     last = grade(Submission("c", notebook(solved, hung)), [kinds["mean_of_all"]], KEY)
-    assert last["points"] == 0
+    assert last.get("points") == 0, last
 
 
 def test_files_elsewhere_that_are_none(monkeypatch, tmp_path):

@@ -84,9 +84,9 @@ def outside(tmp_path):
 
     def state():
         places = [ROOT, ROOT / "solutions", ROOT / "minillm" / "text", Path("/"), Path("/etc"), Path.home(), Path("/dev/shm"), Path("/var/tmp")]
-        # pytest's own and the grader's folders come and go in the temporary folder; what an attack leaves has this name
-        names = {str(p): sorted(os.listdir(p)) for p in places if os.access(p, os.R_OK)}
-        left = sorted(p.name for p in Path(tempfile.gettempdir()).glob("*was-here*")) + sorted(p.name for p in Path("/tmp").glob("pickled*"))
+        # other tests write into these folders meanwhile; what an attack leaves has this name
+        names = [str(p / "minillm-was-here") for p in [*places, Path(tempfile.gettempdir())] if (p / "minillm-was-here").exists()]
+        left = sorted(p.name for p in Path("/tmp").glob("pickled*"))
         hashes = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (canary, ROOT / "solutions/01_tokenization.ipynb",
                                                                        ROOT / "minillm/text/bpe_train.py")]
         return names, left, hashes

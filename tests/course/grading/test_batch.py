@@ -76,7 +76,7 @@ def test_the_same_key_grades_the_same_and_variants_pay_their_own(handed_in, tmp_
 
 @needs_walls
 def test_infrastructure_is_no_zero(handed_in, tmp_path, monkeypatch):
-    monkeypatch.setattr(sandbox, "_python", lambda: "/nowhere/python")
+    monkeypatch.setattr(sandbox, "START", "raise SystemExit  # {path} {fd}")
     monkeypatch.setattr(sandbox.time, "sleep", lambda _: None)
     from minillm.course.grading.grade import grade
     from minillm.course.grading.submission import Submission

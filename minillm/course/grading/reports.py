@@ -96,8 +96,8 @@ def feedback_html(result: Mapping, exercises: Sequence[Exercise]) -> str:
             body.append(f"<p>Hint: {e(hints[exercise['name']][0])}</p>")
     style = ("body{font:16px/1.5 system-ui,sans-serif;max-width:50em;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
              "h2{margin:1.6em 0 .3em}small{font-weight:normal;color:#555}.total{font-size:1.3em}"
-             "table{border-collapse:collapse;width:100%}td{padding:.3em .6em;border-top:1px solid #ddd;vertical-align:top}"
-             "td:nth-child(3){white-space:nowrap}.good td:first-child{color:#1E7145}.bad td:first-child{color:#A84A0F}")
+             "table{border-collapse:collapse;width:100%;table-layout:fixed}td{padding:.3em .6em;border-top:1px solid #ddd;vertical-align:top}"
+             "td:nth-child(1){width:1.2em}td:nth-child(2){width:13em}td:nth-child(3){width:4em;white-space:nowrap}.good td:first-child{color:#1E7145}.bad td:first-child{color:#A84A0F}")
     return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{e(shown['student'])}</title><style>{style}</style>"
             f"<body>{''.join(body)}</body></html>\n")
 

@@ -14,6 +14,7 @@ from hostile import ROOT, notebook, solution_cells
 
 from minillm.course.exercises import lesson_exercises
 from minillm.course.grading import batch, protocol, reports, sandbox
+from minillm.course.grading.grade import seed_for
 from minillm.course.grading.submission import find_submissions, without_magics
 
 STUB = (ROOT / "exercises" / "01_tokenization.ipynb").read_bytes()
@@ -191,3 +192,21 @@ def test_daemons_are_found_without_a_pid_namespace(monkeypatch):
         os.kill(pid, 0)  # alive
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_inputs_depend_on_student_and_key():
+    seeds = {seed_for(key, student) for key in (b"one key", b"another") for student in ("ann", "ben")}
+    assert len(seeds) == 4 and seed_for(b"one key", "ann") in seeds
+    exercise = lesson_exercises("01")[0]
+    drawn = {repr(exercise.cases(exercise.tests[0], seed)) for seed in seeds}
+    assert len(drawn) == 4
+
+
+@needs_walls
+def test_an_answer_to_nothing_ends_the_worker():
+    """A frame that is whole and well formed, but was made before anything was asked."""
+    forged = ("import os, struct, json\nhead = json.dumps([{'map': [['id', 'made up'], ['problems', []]]}, []]).encode()\n"
+              "frame = struct.pack('>I', len(head)) + head\nfor fd in range(3, 30):\n    try:\n"
+              "        os.write(fd, struct.pack('>Q', len(frame)) + frame)\n    except OSError:\n        pass")
+    with sandbox.Worker(()) as worker, pytest.raises(sandbox.WorkerGone, match="could not be read"):
+        worker.load([forged], {})

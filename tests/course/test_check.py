@@ -109,6 +109,15 @@ def test_kinds_of_exercises_are_graded(kinds):
     assert last.get("points") == 0, last
 
 
+def test_ranks_really_talk(kinds):
+    exercise = kinds["mean_of_all"]
+    for test in exercise.tests:
+        for inputs in exercise.cases(test, 0):
+            means = exercise.run(exercise.reference, test, inputs).value
+            # float32: a sum of four numbers in another order
+            torch.testing.assert_close(torch.stack(means), torch.stack(inputs[0]).mean(0).expand(test.ranks, -1), rtol=1e-6, atol=1e-6)
+
+
 def test_files_elsewhere_that_are_none(monkeypatch, tmp_path):
     (tmp_path / "x.py").write_text("y = 1")
     for path in (tmp_path / "x.py", tmp_path / "none.py"):

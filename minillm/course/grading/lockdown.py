@@ -27,7 +27,7 @@ def lock_down(uid: int | None, limits: dict[str, int], readable: list[str], writ
     """Give up everything that `limits` (resource name -> value) and the two lists of paths do not leave.
 
     uid: the user to become, for root. network: whether this process must cut itself off (bubblewrap has done it otherwise).
-    Returns what holds: {"user", "network", "files", "limits": bool}.
+    Returns what holds: {"user", "network", "files": bool}.
     """
     held = {"network": not network or _no_network()}
     if uid is not None and os.getuid() == 0:
@@ -40,7 +40,6 @@ def lock_down(uid: int | None, limits: dict[str, int], readable: list[str], writ
         hard = resource.getrlimit(number)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(number, (value, value))
-    held["limits"] = True
     if sys.platform == "linux":
         libc().prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # becoming another user cleared it; /proc/self is needed
         libc().prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)

@@ -7,6 +7,7 @@ meet through a file, so no port is opened. This file also runs inside the sandbo
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def _one_rank(function, rank, ranks, folder, channel, other_end, seconds) -> Non
     import torch.distributed as dist
     other_end.close()
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if os.path.exists("/sys/class/net/lo") or os.name == "posix" else ""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     try:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks,
                                 timeout=timedelta(seconds=seconds))

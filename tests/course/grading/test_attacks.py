@@ -200,11 +200,10 @@ def test_feedback_says_nothing_of_the_inputs(outside):
 
 
 def test_constants_that_fit_one_seed_fit_no_other():
-    record = "from minillm.course.check import check\nseen = []\ndef encode(text, merges):\n    return list(text.encode())"
     from minillm.course.exercises import find_exercise
     exercise = find_exercise("encode")
     table = {repr(i): exercise.reference(*i) for seed in (0, 1) for t in exercise.tests for i in exercise.cases(t, seed)}
-    assert record and table
+    assert table
     learned = f"table = {table!r}\ndef encode(*inputs):\n    return table.get(repr(inputs), [])"
     assert grade_cells(STUBS, learned)["points"] == 0
 

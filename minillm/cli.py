@@ -218,6 +218,8 @@ class Check:
             print(f"{exercise['name']}: {exercise['points']} of {exercise['of']} points")
             for test in exercise["tests"]:
                 print(f"  {'right' if test['points'] else 'not yet'}: {test['name']}" + (f". {test['says']}" if test["says"] else ""))
+            if "note" in exercise:
+                print(f"  {exercise['note']}")
         print(f"{result['points']} of {result['of']} points")
         return 0 if result["points"] == result["of"] else 1
 

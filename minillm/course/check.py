@@ -32,6 +32,7 @@ class Report:
     name: str
     results: tuple[Result, ...] = ()
     unimplemented: bool = False
+    needs: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -45,6 +46,8 @@ class Report:
 
     def lines(self) -> list[str]:
         """The answer, a line for each thing said."""
+        if self.unimplemented and self.needs:
+            return [f"{self.name}: not yet. It calls your {' and '.join(self.needs)}: write that first."]
         if self.unimplemented:
             return [f"{self.name}: not implemented yet. Replace `raise NotImplementedError()` and run this cell again."]
         total = sum(result.test.points for result in self.results)
@@ -58,6 +61,7 @@ class Report:
                 said.append(f"Wrong: {result.test.name}. {result.wrong}")
                 said += [f"Likely: {result.mistake}"] if result.mistake else []
                 break  # one thing at a time
+        said += [f"It calls your {' and '.join(self.needs)}: mend that first."] if self.needs else []
         return [*said, f'Try hint("{self.name}", 1).']
 
     def __repr__(self) -> str:
@@ -81,25 +85,33 @@ def check(name: str, answer: Callable, seed: int = 0, variant: str | None = None
                         f"Write check({name!r}, {name}), without calling it.")
     results = []
     for test in exercise.tests:
-        result, unimplemented = _try(exercise, test, answer, seed)
-        if unimplemented:
-            return _kept(Report(name, unimplemented=True), exercise)
+        result, stub = _try(exercise, test, answer, seed)
+        if stub:
+            return _kept(Report(name, unimplemented=True, needs=(stub,) if stub in exercise.needs else ()), exercise)
         results.append(result)
-    return _kept(Report(name, tuple(results)), exercise)
+    wrong = [need for need in exercise.needs if any(result.wrong for result in results) and _is_wrong(need, answer, seed)]
+    return _kept(Report(name, tuple(results), needs=tuple(wrong)), exercise)
 
 
-def _try(exercise: Exercise, test: Test, answer: Callable, seed: int) -> tuple[Result, bool]:
+def _is_wrong(name: str, caller: Callable, seed: int) -> bool:
+    """Whether a function that the answer calls, found where the answer was defined, fails its own tests."""
+    exercise, function = find_exercise(name), getattr(caller, "__globals__", {}).get(name)
+    return callable(function) and any(_try(exercise, test, function, seed)[0].wrong for test in exercise.tests)
+
+
+def _try(exercise: Exercise, test: Test, answer: Callable, seed: int) -> tuple[Result, str]:
+    """How a test went, and the name of the function that is still a stub, if one is."""
     cases, outcomes, wrong = exercise.cases(test, seed), [], None
     for inputs in cases:
         expected, got = exercise.run(exercise.reference, test, inputs), exercise.run(answer, test, inputs)
         outcomes.append(got)
         if got.unimplemented:
-            return Result(test), True
+            return Result(test), _last_frame(got.raised)
         found = exercise.difference(expected, got)
         if found and not wrong:
             wrong = f"For {describe(inputs)}: {found}{_place(got)}."
     mistake = likely_mistake(exercise, test, cases, outcomes) if wrong else None
-    return Result(test, wrong, mistake), False
+    return Result(test, wrong, mistake), ""
 
 
 def describe(inputs: tuple) -> str:
@@ -110,6 +122,14 @@ def describe(inputs: tuple) -> str:
         text = repr(value)
         return text if len(text) <= 160 else f"{text[:157]}..."
     return ", ".join(map(one, inputs))
+
+
+def _last_frame(error: BaseException) -> str:
+    """The function that an exception came from."""
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    return trace.tb_frame.f_code.co_name
 
 
 def _place(got: Outcome) -> str:

@@ -99,6 +99,8 @@ class Exercise:
     """Names that would be the answer, such as torch.nn.functional.scaled_dot_product_attention."""
     seconds: float = 10.0
     """For each call."""
+    needs: tuple[str, ...] = ()
+    """Exercises of the same notebook whose functions this one calls: while one is wrong, this one is likely to be."""
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
     def __post_init__(self):

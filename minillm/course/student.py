@@ -12,11 +12,32 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
+from nbformat import v4
 
 from minillm.course.exercises import find_exercise
 from minillm.files import write_atomically
 
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")
+
+
+def exercise_cells(name: str, text: str, solution: str) -> list[nbformat.NotebookNode]:
+    """The three cells of an exercise in a notebook of solutions: the task, the function, its check.
+
+    `solution` is the function with its ### BEGIN SOLUTION and ### END SOLUTION; `text` gets minutes and points put before it.
+    Raises: ValueError for an exercise that there is not, or a solution without a region.
+    """
+    exercise = find_exercise(name)
+    if not _replace_region(solution, "SOLUTION", STUB)[1]:
+        raise ValueError(f"The solution of {name} has no region between ### BEGIN SOLUTION and ### END SOLUTION.")
+    call = f'check("{name}", {name}'
+    tests = f"{call})\n### BEGIN HIDDEN TESTS\nassert {call}, seed=1).passed\n### END HIDDEN TESTS"
+    cells = [v4.new_markdown_cell(f"*{exercise.minutes} minutes, {exercise.points} points.* {text}"),
+             v4.new_code_cell(solution), v4.new_code_cell(tests)]
+    common = {"schema_version": 3, "task": False}
+    cells[1].metadata["nbgrader"] = {"grade_id": name, "solution": True, "grade": False, "locked": False, **common}
+    cells[2].metadata["nbgrader"] = {"grade_id": f"{name}-test", "solution": False, "grade": True, "locked": True,
+                                     "points": exercise.points, **common}
+    return [nbformat.from_dict(cell) for cell in cells]
 
 
 def student_version(notebook: nbformat.NotebookNode, variants: Mapping[str, str] | None = None) -> nbformat.NotebookNode:

@@ -9,13 +9,14 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from hostile import KEY, ROOT, grade_cells, notebook
+from hostile import KEY, ROOT, grade_cells, notebook, solution_cells
 
 from minillm.course import exercises
 from minillm.course.check import check, hint, progress_file
 from minillm.course.compare import difference
 from minillm.course.exercise import Draw, Exercise, Mutant, Test
 from minillm.course.grading.grade import grade
+from minillm.course.grading.reports import feedback_html
 from minillm.course.grading.sandbox import best_level
 from minillm.course.grading.submission import Submission
 from minillm.course.student import student_version
@@ -47,6 +48,33 @@ def test_what_is_said(tmp_path):
     assert "KeyError" in broken and "of your cell" in broken and "Traceback" not in broken
     kept = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
     assert [line["passed"] for line in kept] == [True, False, False, False] and kept[0]["points"] == kept[0]["of"] == 2
+
+
+def answers_in_one_notebook(count: str):
+    """learn_merges as the solution has it, in a module where count_pairs is this."""
+    names = {}
+    exec("\n".join(["from collections import Counter", count, *(c for c in solution_cells() if "def merge_pair" in c or "def learn_merges" in c)]), names)
+    return names["learn_merges"]
+
+
+WRONG_COUNT = "def count_pairs(words):\n    return Counter(pair for word in words for pair in zip(word, word[1:]))"
+STUB_COUNT = "def count_pairs(words):\n    raise NotImplementedError()"
+
+
+def test_a_wrong_function_below_is_named():
+    said = repr(check("learn_merges", answers_in_one_notebook(WRONG_COUNT)))
+    assert "It calls your count_pairs: mend that first." in said and "merge_pair" not in said.split("It calls")[1]
+    assert repr(check("learn_merges", answers_in_one_notebook(STUB_COUNT))) == "learn_merges: not yet. It calls your count_pairs: write that first."
+    assert check("learn_merges", answers_in_one_notebook(solution_cells()[1])).passed
+
+
+@pytest.mark.skipif(best_level() == "limits", reason="no sandbox here: apt install bubblewrap")
+def test_feedback_names_a_wrong_function_below():
+    result = grade_cells(*solution_cells(), WRONG_COUNT, seconds=10)
+    notes = {e["name"]: e.get("note") for e in result["exercises"]}
+    assert notes == {"count_pairs": None, "merge_pair": None, "encode": None,
+                     "learn_merges": "It calls your count_pairs, which lost points too: mend that first."}
+    assert "mend that first" in feedback_html(result, exercises.lesson_exercises("01"))
 
 
 def test_html_escapes_what_students_write():

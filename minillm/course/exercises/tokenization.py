@@ -153,7 +153,7 @@ def learn_merges(words, merges):
 
 
 LEARN_MERGES = Exercise(
-    name="learn_merges", reference=learn_merges, minutes=15, difficulty=2, **PYTHON_ONLY,
+    name="learn_merges", reference=learn_merges, minutes=15, difficulty=2, needs=("count_pairs", "merge_pair"), **PYTHON_ONLY,
     tests=(Test("the first merge, ties too", lambda draw: (words(draw), 1), cases=8),
            Test("merges of merges", lambda draw: (words(draw), draw.int(3, 6)), points=2, cases=6),
            Test("until nothing is left", lambda draw: ({word(draw, 5) + (1,): 2, (3, 2, 1): 1}, 60))),
@@ -231,7 +231,7 @@ def text_and_merges(draw: Draw, letters: str, size: int) -> tuple[str, list[tupl
 
 
 ENCODE = Exercise(
-    name="encode", reference=encode, minutes=15, difficulty=2, **PYTHON_ONLY,
+    name="encode", reference=encode, minutes=15, difficulty=2, needs=("merge_pair",), **PYTHON_ONLY,
     tests=(Test("a few letters", lambda draw: text_and_merges(draw, "abc", draw.int(12, 30)), points=2, cases=10),
            Test("characters of several bytes", lambda draw: text_and_merges(draw, "aé早🙂", draw.int(8, 20)), cases=6)),
     hints=("text.encode() gives bytes, and tuple() of bytes gives their numbers.",

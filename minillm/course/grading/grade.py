@@ -46,6 +46,7 @@ def grade(submission: Submission, exercises: Sequence[Exercise], key: bytes, lev
             result["exercises"] += run.grade()
             result["problems"] += [p for p in run.problems if p not in result["problems"]]
             result["printed"] += run.printed
+        _say_what_to_mend_first(result["exercises"], exercises)
         result |= {"verdict": "graded", "points": sum(e["points"] for e in result["exercises"])}
     except UnreadableError as error:
         result |= {"verdict": "unreadable", "points": 0, "problems": [str(error)], "exercises": [_nothing(e) for e in exercises]}
@@ -59,6 +60,14 @@ def _problems(cells: list[str], exercises: Sequence[Exercise]) -> list[str]:
     bans = tuple({name for e in exercises for name in e.bans})
     return [f"Code cell {cell + 1}, line {line}: {name} cannot be used here, because it holds an answer. Write your own."
             for cell, line, name in forbidden(cells, allows, bans)]
+
+
+def _say_what_to_mend_first(results: list[dict], exercises: Sequence[Exercise]) -> None:
+    """A note on an exercise that lost points and calls a function that lost some too."""
+    lost = {r["name"] for r in results if r["points"] < r["of"]}
+    for result, exercise in zip(results, exercises):
+        if first := [need for need in exercise.needs if need in lost and result["name"] in lost]:
+            result["note"] = f"It calls your {' and '.join(first)}, which lost points too: mend that first."
 
 
 def _nothing(exercise: Exercise) -> dict:

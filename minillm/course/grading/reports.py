@@ -92,6 +92,7 @@ def feedback_html(result: Mapping, exercises: Sequence[Exercise]) -> str:
             body.append(f"<tr class={'good' if good else 'bad'}><td>{'✓' if good else '○'}</td><td>{e(test['name'])}</td>"
                         f"<td>{test['points']} of {test['of']}</td><td>{e(test['says'])}</td></tr>")
         body.append("</table>")
+        body += [f"<p>{e(exercise['note'])}</p>"] if "note" in exercise else []
         if exercise["points"] < exercise["of"] and hints.get(exercise["name"]):
             body.append(f"<p>Hint: {e(hints[exercise['name']][0])}</p>")
     style = ("body{font:16px/1.5 system-ui,sans-serif;max-width:50em;margin:2em auto;padding:0 1em;color:#222;background:#fff}"

@@ -37,8 +37,8 @@ exercises: .venv/ready      ## make the students' notebooks from those with the 
 pretrained: .venv/ready     ## train the course's own checkpoint again
 	$(PY) -m minillm.course.pretrained
 
-bench: .venv/ready-to-test  ## side by side with other libraries: tokenizers, training, generation, growth
-	@for name in tokenization training generation growth; do OMP_NUM_THREADS=1 $(PY) benchmarks/$$name.py || exit 1; done
+bench: .venv/ready-to-test  ## side by side with other libraries: tokenizers, training, generation, growth, grading
+	@for name in tokenization training generation growth grading; do OMP_NUM_THREADS=1 $(PY) benchmarks/$$name.py || exit 1; done
 
 clean:          ## remove the environment, caches and build files; runs/ stays
 	rm -rf .venv build minillm.egg-info .pytest_cache .hypothesis

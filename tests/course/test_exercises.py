@@ -178,7 +178,7 @@ def test_the_answer_is_nowhere_inside(name):
 def test_names_suggest_the_nearest():
     with pytest.raises(ValueError, match="Did you mean 'count_pairs'"):
         find_exercise("count_pair")
-    with pytest.raises(ValueError, match="these have: 01"):
+    with pytest.raises(ValueError, match="these have: 00, 01"):
         lesson_exercises("77")
 
 

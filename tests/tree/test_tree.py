@@ -92,7 +92,9 @@ def test_notebooks_are_stored_as_they_should_be(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_redefine_nothing(path):
-    public = {node.name for module in PACKAGE for node in ast.parse(module.read_text()).body
+    # what the exercises ask for is the reader's to write
+    modules = [module for module in PACKAGE if module.parent.name != "exercises"]
+    public = {node.name for module in modules for node in ast.parse(module.read_text()).body
               if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")}
     found = [f"{cell['id']}: {what}" for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
              for _, what in rules.redefined(cell.source, public)]

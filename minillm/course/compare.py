@@ -33,7 +33,8 @@ def difference(expected, got, rtol: float = 0.0, atol: float = 0.0, where: str =
         same = _close(expected, got.item(), rtol, atol)
     else:
         same = False
-    return None if same else f"{_short(expected)} was expected{at}, and this is {_short(got)}"
+    one, other = _numbers(expected, got)
+    return None if same else f"{one} was expected{at}, and this is {other}"
 
 
 def _close(expected: float, got: float, rtol: float, atol: float) -> bool:
@@ -78,14 +79,14 @@ def _tensors(expected: torch.Tensor, got, rtol: float, atol: float, at: str) -> 
     if right.all():
         return None
     first = (~right).nonzero()[0].tolist()
-    one, other = expected[tuple(first)].item(), got[tuple(first)].item()
+    one, other = _numbers(expected[tuple(first)].item(), got[tuple(first)].item())
     wrong = int((~right).sum())
     prefix = f"of the right shape {tuple(expected.shape)}, but " if expected.ndim else ""
     rows = ""
     if expected.ndim > 1 and first[0] > 0:
         rows = "; index 0 of the first dim is right" if first[0] == 1 else f"; indices 0 to {first[0] - 1} of the first dim are right"
-    return (f"{prefix}{wrong} of {expected.numel()} entries differ{at}, first at {first}: {_number(one)} was expected, and this is "
-            f"{_number(other)}{rows}")
+    return (f"{prefix}{wrong} of {expected.numel()} entries differ{at}, first at {first}: {one} was expected, and this is {other}"
+            f"{rows}")
 
 
 def _kind(tensor: torch.Tensor) -> str:
@@ -94,8 +95,15 @@ def _kind(tensor: torch.Tensor) -> str:
     return "complex numbers" if tensor.is_complex() else "real numbers" if tensor.is_floating_point() else "integers"
 
 
-def _number(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _numbers(one, other) -> tuple[str, str]:
+    """Two values, floats with as many digits as it takes to tell them apart, and no more."""
+    if not (isinstance(one, float) and isinstance(other, float)):
+        return _short(one), _short(other)
+    for digits in range(4, 18):
+        pair = f"{one:.{digits}g}", f"{other:.{digits}g}"
+        if pair[0] != pair[1]:
+            break
+    return pair
 
 
 def _short(value) -> str:

@@ -31,16 +31,64 @@ class ModelConfig:
     """F: width of the feed-forward layer; None means 4C, or 8C/3 when it is gated (the same parameters)."""
     context: int = 256
     """T: tokens in a training sequence, and the most that learned positions can count."""
+    block: Literal["pre", "post", "parallel", "parallel2", "sandwich", "branch"] = "pre"
+    """Where the norms stand: before each part; after each addition; once before both parts side by side (parallel), or
+    once for each of them (parallel2); before and after each part (sandwich); or only after it (branch)."""
     norm: Literal["layer", "rms"] = "rms"
     """LayerNorm (mean and variance) or RMSNorm (root mean square only)."""
     norm_eps: float = 1e-5
     """Added to the variance before its root."""
+    final_norm: bool = True
+    """A norm before the output head."""
+    embed_norm: bool = False
+    """A norm after the embedding."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm of queries and keys before they are rotated: of each head, or of all heads at once."""
+    residual_alpha: float = 1.0
+    """DeepNorm: the stream is multiplied by this before each addition; for block = "post"."""
     mlp: Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"] = "swiglu"
     """Feed-forward activation; the last two are gated, with a third matrix."""
-    pos: Literal["learned", "rope"] = "rope"
-    """Where positions come in: a learned table added to the embedding, or rotation of queries and keys."""
+    experts: int = 0
+    """E: feed-forward layers to choose from for each token; 0 means one for all."""
+    top_k: int = 2
+    """How many experts a token goes through."""
+    norm_topk: bool = True
+    """Whether the chosen experts' probabilities are made to sum to 1."""
+    pos: Literal["learned", "rope", "alibi"] = "rope"
+    """Where positions come in: a learned table added to the embedding, rotation of queries and keys, or a penalty on
+    distance in the scores."""
     rope_theta: float = 10_000.0
     """The longest wavelength of rotary positions is 2π · rope_theta tokens."""
+    rope_theta_local: float | None = None
+    """The same for layers with a window, if it is another."""
+    rope_dim: int | None = None
+    """How many numbers of each head are rotated; None means all."""
+    rope_axes: Literal[1, 2] = 1
+    """2: half of what is rotated turns by the place in the prompt, half by the place in the answer (ChatGLM-6B)."""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """How rotary positions are stretched to texts longer than those of training; nn/positions.py has each."""
+    rope_factor: float = 1.0
+    """How many times longer."""
+    rope_context: int | None = None
+    """The length of training that is stretched; None means context / rope_factor."""
+    rope_slow: float = 1.0
+    """yarn, llama3: pairs that turn fewer times than this in rope_context tokens are slowed by the whole factor."""
+    rope_fast: float = 32.0
+    """yarn, llama3: pairs that turn more often than this are left alone."""
+    pattern: str = "g"
+    """Which layers are global (g) and which have a window (l), in turn: "gl" alternates."""
+    window: int | None = None
+    """How many tokens a layer with a window sees, itself included."""
+    attn_scale: float | None = None
+    """What scores are multiplied by; None means 1/√D."""
+    attn_softcap: float | None = None
+    """Scores are squeezed into ± this by a tanh."""
+    logit_softcap: float | None = None
+    """The same for the logits."""
+    embed_scale: float = 1.0
+    """What the embedding is multiplied by."""
+    logit_scale: float = 1.0
+    """What the logits are multiplied by."""
     bias: tuple[Biased, ...] = ()
     """Which parts have a bias."""
     tied: bool = True
@@ -55,11 +103,12 @@ class ModelConfig:
         for name in ("vocab_size", "layers", "width", "heads", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
-        for name in ("kv_heads", "head_dim", "ffn_width"):
+        for name in ("kv_heads", "head_dim", "ffn_width", "rope_dim", "rope_context", "window", "top_k"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1, or None for the default.")
-        for name in ("norm_eps", "rope_theta", "init_std"):
-            if getattr(self, name) <= 0:
+        for name in ("norm_eps", "rope_theta", "rope_theta_local", "rope_factor", "rope_slow", "init_std", "residual_alpha",
+                     "attn_scale", "attn_softcap", "logit_softcap", "embed_scale", "logit_scale"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be above 0.")
         _check_choices(self)
         if self.head_dim is None and self.width % self.heads:
@@ -68,9 +117,10 @@ class ModelConfig:
         if self.heads % self.kv_size:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_size} KV heads: heads must be a multiple "
                              f"of kv_heads. Nearest that work: kv_heads = {_nearest_divisors(self.heads, self.kv_size)}.")
-        if self.pos == "rope" and self.head_size % 2:
+        if self.pos == "rope" and self.head_size % 2 and self.rope_dim is None:
             raise ValueError(f"head size {self.head_size} is odd: rotary positions turn pairs of numbers. "
                              f"Use head_dim = {self.head_size + 1}, or pos = \"learned\".")
+        _check_families(self)
 
     @property
     def kv_size(self) -> int:
@@ -81,6 +131,15 @@ class ModelConfig:
     def head_size(self) -> int:
         """D, the size of one head."""
         return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rope_size(self) -> int:
+        """How many numbers of each head are rotated."""
+        return self.head_size if self.rope_dim is None else self.rope_dim
+
+    def layer_kind(self, layer: int) -> str:
+        """Whether a layer is global ("g") or has a window ("l")."""
+        return self.pattern[layer % len(self.pattern)]
 
     @property
     def gated(self) -> bool:
@@ -193,6 +252,28 @@ def from_dict(cls: type, values: dict, source: str = "configuration"):
             hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {', '.join(sorted(known))}."
             raise ValueError(f"{source}: {cls.__name__} has no field {key!r}.{hint}")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _check_families(config: ModelConfig) -> None:
+    """Refuse fields of a ModelConfig that contradict one another."""
+    if config.pos == "rope" and (config.rope_size % (2 * config.rope_axes) or config.rope_size > config.head_size):
+        raise ValueError(f"rope_dim = {config.rope_size}: with {config.rope_axes} axes it must be a multiple of "
+                         f"{2 * config.rope_axes}, and at most the head size {config.head_size}.")
+    if set(config.pattern) - set("gl") or not config.pattern:
+        raise ValueError(f"pattern = {config.pattern!r}: write g for each global layer and l for each with a window.")
+    if ("l" in config.pattern) != (config.window is not None):
+        raise ValueError(f"pattern = {config.pattern!r} and window = {config.window}: layers marked l need a window, and a "
+                         f"window needs layers marked l.")
+    if config.residual_alpha != 1 and config.block != "post":
+        raise ValueError(f"residual_alpha = {config.residual_alpha} with block = {config.block!r}: only the norm after each "
+                         f"addition keeps a multiplied stream from growing without limit. Use block = \"post\".")
+    if config.experts and not 1 <= config.top_k <= config.experts:
+        raise ValueError(f"top_k = {config.top_k}: a token goes through 1 to {config.experts} of {config.experts} experts.")
+    if (config.rope_scaling == "none") != (config.rope_factor == 1):
+        raise ValueError(f"rope_scaling = {config.rope_scaling!r} and rope_factor = {config.rope_factor}: stretching needs "
+                         f"both, and a factor other than 1.")
+    if config.rope_slow >= config.rope_fast:
+        raise ValueError(f"rope_slow = {config.rope_slow} must be below rope_fast = {config.rope_fast}.")
 
 
 def _check_choices(config) -> None:

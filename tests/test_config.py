@@ -8,11 +8,23 @@ from minillm.model.transformer import Transformer
 
 TINY = ModelConfig(vocab_size=31, layers=2, width=24, heads=4, context=16, ffn_width=40)
 
-# One change of every field that must show in the weights or the logits, from a base where it can.
+# One change of every field that must show in the weights or the logits.
 FLIPS = {
-    "vocab_size": 37, "layers": 3, "width": 32, "heads": 2, "kv_heads": 2, "head_dim": 8, "ffn_width": 48,
-    "norm": "layer", "norm_eps": 0.5, "mlp": "relu", "pos": "learned", "rope_theta": 100.0,
-    "bias": ("qkv", "out", "mlp", "norm", "head"), "tied": False, "init_std": 0.5, "init_residual": False,
+    "vocab_size": 37, "layers": 3, "width": 32, "heads": 2, "kv_heads": 2, "head_dim": 8, "ffn_width": 48, "block": "parallel",
+    "norm": "layer", "norm_eps": 0.5, "final_norm": False, "embed_norm": True, "qk_norm": "head", "residual_alpha": 2.0,
+    "mlp": "relu", "experts": 3, "top_k": 2, "norm_topk": False, "pos": "learned", "rope_theta": 100.0, "rope_theta_local": 50.0,
+    "rope_dim": 2, "rope_axes": 2, "rope_scaling": "linear", "rope_factor": 3.0, "rope_context": 6, "rope_slow": 0.1,
+    "rope_fast": 1.5, "pattern": "gl", "window": 4, "attn_scale": 1.0, "attn_softcap": 1.0, "logit_softcap": 1.0,
+    "embed_scale": 2.0, "logit_scale": 2.0, "bias": ("qkv", "out", "mlp", "norm", "head"), "tied": False, "init_std": 0.5,
+    "init_residual": False,
+}
+STRETCHED = {"rope_scaling": "llama3", "rope_factor": 2.0, "rope_slow": 0.2, "rope_fast": 2.0}
+# Where the base must be another for the change to mean something.
+BASES = {
+    "rope_axes": {"head_dim": 8}, "rope_theta_local": {"pattern": "l", "window": 4}, "residual_alpha": {"block": "post"},
+    "rope_context": STRETCHED, "rope_slow": STRETCHED, "rope_fast": STRETCHED, "rope_factor": STRETCHED, "rope_scaling": STRETCHED,
+    "top_k": {"experts": 3, "top_k": 1}, "norm_topk": {"experts": 3}, "pattern": {"pattern": "l", "window": 3},
+    "window": {"pattern": "l", "window": 3},
 }
 
 
@@ -28,7 +40,16 @@ def fingerprint(config: ModelConfig) -> tuple:
 
 @pytest.mark.parametrize("field", [f.name for f in fields(ModelConfig) if f.name != "context"])
 def test_every_field_changes_the_model(field):
-    assert fingerprint(TINY) != fingerprint(replace(TINY, **{field: FLIPS[field]}))
+    base = replace(TINY, **BASES.get(field, {}))
+    assert fingerprint(base) != fingerprint(replace(base, **{field: FLIPS[field]}))
+
+
+@pytest.mark.parametrize("field", ["block", "qk_norm", "mlp", "pos", "rope_scaling"])
+def test_every_choice_is_a_model_of_its_own(field):
+    choices = ModelConfig.__dataclass_fields__[field].type.__args__
+    stretched = {"rope_factor": 2.0} if field == "rope_scaling" else {}
+    made = [fingerprint(replace(TINY, **{field: one}, **(stretched if one != "none" else {}))) for one in choices]
+    assert len(set(made)) == len(choices)
 
 
 def test_context_sizes_the_table_of_learned_positions():
@@ -45,6 +66,15 @@ def test_context_sizes_the_table_of_learned_positions():
     (dict(bias=("qvk",)), ["'qvk'", "'qkv'"]),
     (dict(kv_heads=0), ["kv_heads = 0"]),
     (dict(rope_theta=-1.0), ["rope_theta = -1.0"]),
+    (dict(rope_dim=3), ["rope_dim = 3", "multiple of 2", "6"]),
+    (dict(rope_axes=2), ["rope_dim = 6", "2 axes", "multiple of 4"]),
+    (dict(pattern="gx"), ["'gx'", "l for each with a window"]),
+    (dict(pattern="gl"), ["'gl'", "window = None"]),
+    (dict(window=5), ["'g'", "window = 5"]),
+    (dict(residual_alpha=2.0), ["residual_alpha = 2.0", "'pre'", "post"]),
+    (dict(experts=2, top_k=3), ["top_k = 3", "1 to 2"]),
+    (dict(rope_scaling="linear"), ["'linear'", "1.0", "factor"]),
+    (dict(rope_slow=40.0), ["rope_slow = 40.0", "rope_fast = 32.0"]),
 ])
 def test_impossible_models_are_refused_with_both_numbers(changes, words):
     with pytest.raises(ValueError) as error:

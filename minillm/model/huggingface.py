@@ -5,6 +5,7 @@ can express is saved under our own names (model_type "minillm"). Weights are onl
 unpickled, since unpickling a downloaded file runs whatever code it carries.
 """
 
+import difflib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,8 +16,14 @@ from torch import Tensor
 
 from minillm.config import ModelConfig, from_dict
 from minillm.files import replacing, write_atomically
-from minillm.model.layouts import LAYOUTS, Layout, Rule
+from minillm.model.layouts import Layout, Rule
+from minillm.model.published import LAYOUTS
 from minillm.model.transformer import Transformer
+
+
+# Which token ends a text is the tokenizer's to say; a class's own default could lie outside our vocabulary.
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class CheckpointError(ValueError):
@@ -33,15 +40,20 @@ def load_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32,
     theirs = _read_json(folder / "config.json")
     layout = _layout_named(theirs.get("model_type"))
     try:
-        config = from_dict(ModelConfig, layout.read(theirs) if layout else theirs["minillm"], str(folder / "config.json"))
+        config = from_dict(ModelConfig, layout.fields(theirs) if layout else theirs["minillm"], str(folder / "config.json"))
     except KeyError as missing:
-        raise CheckpointError(f"{folder / 'config.json'} has no {missing}, which a {theirs.get('model_type')} needs.")
+        raise CheckpointError(f"{folder / 'config.json'} has no {missing}, which a {theirs.get('model_type')} needs.") from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from error
     tensors = _read_tensors(folder)
+    if strange := [n for n, t in tensors.items() if t.dtype not in FLOATS and not n.endswith(layout.skip if layout else ())]:
+        raise CheckpointError(f"{folder}: {strange[0]} holds {tensors[strange[0]].dtype}, so these weights are quantised or no "
+                              f"weights at all. Load a checkpoint in float32, float16 or bfloat16.")
     if layout:
         tensors = {name.removeprefix(layout.prefix): tensor for name, tensor in tensors.items()}
         tensors = {n: t for n, t in tensors.items() if not n.endswith(layout.skip or ("\0",))}
     # The file decides whether the head is the embedding: published flags are not to be trusted.
-    rules = layout.rules if layout else _own_rules(config)
+    rules = layout.rules_for(config) if layout else _own_rules(config)
     embed, head = ("embed.weight", "head.weight") if not layout else _embedding_names(rules)
     tied = head not in tensors or (embed in tensors and torch.equal(tensors[head], tensors[embed]))
     if tied:
@@ -70,7 +82,7 @@ def save_pretrained(model: Transformer, folder: str | Path) -> None:
     if layout:
         tensors = _pack(layout, tensors, model.config)
         about = {"architectures": [layout.architecture], "model_type": layout.model_type,
-                 "tie_word_embeddings": model.config.tied, **layout.write(model.config)}
+                 "tie_word_embeddings": model.config.tied, **NO_TOKENS, **layout.config_json(model.config)}
     else:
         about = {"model_type": "minillm", "minillm": asdict(model.config)}
     kind = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -82,8 +94,8 @@ def layout_for(config: ModelConfig) -> Layout | None:
     """The published layout that can say all of `config`, found by translating it there and back."""
     for layout in LAYOUTS:
         try:
-            back = ModelConfig(**layout.read(layout.write(config)))
-        except ValueError:
+            back = ModelConfig(**layout.fields(layout.config_json(config)))
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
         if _essence(back) == _essence(config):
             return layout
@@ -124,7 +136,7 @@ def _unpack(rules: tuple[Rule, ...], tensors: dict[str, Tensor], model: Transfor
     """Their tensors under our names, every one used once and every one of ours found."""
     wanted = {name: p.shape for name, p in model.named_parameters()}
     left, ours, missing = dict(tensors), {}, []
-    for rule, theirs, names in _rules_by_layer(rules, model.config.layers):
+    for rule, theirs, names in _rules_filled_in(rules, model.config):
         if names[0] not in wanted:
             continue
         if theirs not in left:
@@ -144,18 +156,19 @@ def _unpack(rules: tuple[Rule, ...], tensors: dict[str, Tensor], model: Transfor
 def _pack(layout: Layout, tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our tensors under their names."""
     packed = {}
-    for rule, theirs, names in _rules_by_layer(layout.rules, config.layers):
+    for rule, theirs, names in _rules_filled_in(layout.rules_for(config), config):
         if names[0] in tensors:
-            name = theirs if theirs.startswith("lm_head") else layout.prefix + theirs
+            name = theirs if names[0].startswith("head.") else layout.prefix + theirs
             packed[name] = rule.pack(tuple(tensors[n] for n in names), config).contiguous()
     return packed
 
 
-def _rules_by_layer(rules: tuple[Rule, ...], layers: int):
-    """Every rule with its names filled in, once for each layer where it has an {i}."""
+def _rules_filled_in(rules: tuple[Rule, ...], config: ModelConfig):
+    """Every rule with its names filled in, once for each layer where it has an {i}, and each expert where it has a {j}."""
     for rule in rules:
-        for i in range(layers) if "{i}" in rule.theirs else [0]:
-            yield rule, rule.theirs.format(i=i), [name.format(i=i) for name in rule.ours]
+        for i in range(config.layers) if "{i}" in rule.theirs else [0]:
+            for j in range(config.experts) if "{j}" in rule.theirs else [0]:
+                yield rule, rule.theirs.format(i=i, j=j), [name.format(i=i, j=j) for name in rule.ours]
 
 
 def _own_rules(config: ModelConfig) -> tuple[Rule, ...]:
@@ -174,6 +187,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         shards = sorted(set(_read_json(index)["weight_map"].values()))
+        if lost := [shard for shard in shards if not (folder / shard).exists()]:
+            raise CheckpointError(f"{folder} lacks {', '.join(lost)}, of the {len(shards)} files that {index.name} names. Copy it there.")
         return {name: t for shard in shards for name, t in load_tensors(folder / shard).items()}
     if not (folder / "model.safetensors").exists() and list(folder.glob("*.bin")):
         raise CheckpointError(f"{folder} has only pickled weights ({next(folder.glob('*.bin')).name}), which can run any "
@@ -198,15 +213,27 @@ def _layout_named(model_type: str | None) -> Layout | None:
     for layout in LAYOUTS:
         if layout.model_type == model_type:
             return layout
-    known = ", ".join([layout.model_type for layout in LAYOUTS] + ["minillm"])
-    raise CheckpointError(f"config.json says model_type {model_type!r}; this version loads {known}.")
+    known = [layout.model_type for layout in LAYOUTS] + ["minillm"]
+    near = difflib.get_close_matches(str(model_type), known, n=1)
+    hint = f" The nearest is {near[0]!r}." if near else ""
+    raise CheckpointError(f"config.json says model_type {model_type!r}, which cannot be loaded.{hint} These can: {', '.join(known)}.")
 
 
 def _essence(config: ModelConfig) -> ModelConfig:
-    """A configuration with its defaults filled in, without what only a fresh model or the weights' file decides."""
-    return replace(config, kv_heads=config.kv_size, head_dim=config.head_size, ffn_width=config.ffn_size,
-                   bias=tuple(sorted(config.bias)), init_residual=True, init_std=0.02, tied=True,
-                   rope_theta=config.rope_theta if config.pos == "rope" else 1.0)
+    """A configuration with its defaults filled in, without what means nothing in it or what only a fresh model or the
+    weights' file decides."""
+    rope, stretched = config.pos == "rope", config.rope_scaling != "none"
+    theta = config.rope_theta if rope else 1.0
+    meaningless = {} if config.experts else {"top_k": 2, "norm_topk": True}
+    if not stretched:
+        meaningless |= {"rope_context": None}
+    if config.rope_scaling not in ("yarn", "llama3"):
+        meaningless |= {"rope_slow": 1.0, "rope_fast": 32.0}
+    local = (config.rope_theta_local or theta) if rope and "l" in config.pattern else theta
+    return replace(config, kv_heads=config.kv_size, head_dim=config.head_size, ffn_width=config.ffn_size, rope_theta=theta,
+                   rope_theta_local=local, rope_dim=config.rope_size if rope else None,
+                   attn_scale=round(config.attn_scale or config.head_size ** -0.5, 12), bias=tuple(sorted(config.bias)),
+                   init_residual=True, init_std=0.02, tied=True, **meaningless)
 
 
 def _some(names: list[str], most: int = 5) -> str:

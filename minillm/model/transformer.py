@@ -6,6 +6,7 @@ it takes no memory, so that LLaMA-65B can be counted on a laptop.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from minillm.config import ModelConfig
 from minillm.nn.block import Block
-from minillm.nn.masks import combine
+from minillm.nn.masks import causal, combine
 from minillm.nn.norms import build_norm
-from minillm.nn.positions import rotary_turns, rotary_frequencies
+from minillm.nn.positions import alibi, rotary_turns, two_axes
 
 
 class Output(NamedTuple):
@@ -40,8 +41,9 @@ class Transformer(nn.Module):
         with torch.device("meta"):  # shapes only: torch's own initial values would be drawn to be thrown away
             self.embed = nn.Embedding(config.vocab_size, config.width)
             self.positions = nn.Embedding(config.context, config.width) if config.pos == "learned" else None
+            self.embed_norm = build_norm(config) if config.embed_norm else None
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-            self.norm = build_norm(config)
+            self.norm = build_norm(config) if config.final_norm else None
             self.head = nn.Linear(config.width, config.vocab_size, bias="head" in config.bias)
         if torch.device(device).type != "meta":
             self.to_empty(device="cpu")
@@ -61,19 +63,21 @@ class Transformer(nn.Module):
             elif "norm" in name:
                 parameter.fill_(1.0)
             else:
-                residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
+                residual = name.endswith(("out.weight", "down.weight"))
                 parameter.normal_(0.0, self.config.init_std * (shrink if residual else 1.0), generator=generator)
 
     def forward(self, ids: Int[Tensor, "B T"], *, positions: Int[Tensor, "B T"] | None = None,
                 padding_mask: Bool[Tensor, "B S"] | None = None, segment_ids: Int[Tensor, "B T"] | None = None,
-                prefix_len: int | Int[Tensor, "B"] | None = None, cache=None, return_hidden: bool = False,
-                return_attention: bool = False) -> Float[Tensor, "B T V"] | Output:
+                prefix_len: int | Int[Tensor, "B"] | None = None, mask_pos: int | Int[Tensor, "B"] | None = None,
+                cache=None, return_hidden: bool = False, return_attention: bool = False,
+                ) -> Float[Tensor, "B T V"] | Output:
         """Logits for the next token at every place, or an `Output` when hidden states or attention are asked for.
 
         positions: place of each token; by default 0, 1, ... after what the cache holds, not counting padding.
         padding_mask: True on real tokens, for all keys (those in the cache too).
         segment_ids: packed documents, which do not see one another.   prefix_len: tokens read in both directions.
-        Raises: ValueError for positions beyond a learned table, or segments with a cache.
+        mask_pos: with two axes of positions, the place that the answer fills; the prefix's last by default.
+        Raises: ValueError for ids or positions that there are none of, or segments with a cache.
         """
         past = 0 if cache is None else cache.length
         keys = past + ids.shape[1]
@@ -81,31 +85,58 @@ class Transformer(nn.Module):
             raise ValueError("segment_ids and cache together: packed documents are for training; decode one text a row.")
         if positions is None:
             positions = _places(ids, past, padding_mask)
-        x, rotary = self._embed(ids, positions)
-        mask = combine(ids.shape[1], keys, padding_mask=padding_mask, segment_ids=segment_ids,
-                       prefix_len=prefix_len, device=ids.device)
+        x = self._embed(ids, positions)
+        if self.config.rope_axes == 2:
+            positions = two_axes(positions, *_answer(ids, padding_mask, prefix_len, mask_pos))
+        views = {kind: self._view(kind, ids, keys, positions, padding_mask, segment_ids, prefix_len)
+                 for kind in sorted(set(self.config.pattern))}
         hidden, attention = [], []
         for block in self.blocks:
             hidden.append(x)
-            x, seen = block(x, rotary, mask, cache, return_attention)
+            x, seen = block(x, *views[block.kind], cache, return_attention)
             attention.append(seen)
-        x = self.norm(x)
-        logits = self.head(x)
+        x = x if self.norm is None else self.norm(x)
+        logits = self._scores(x)
         if not (return_hidden or return_attention):
             return logits
         return Output(logits, tuple(hidden) + (x,) if return_hidden else None,
                       tuple(attention) if return_attention else None)
 
-    def _embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The stream's first value, and the cosines and sines of the positions when they are rotary."""
+    def _embed(self, ids: Tensor, positions: Tensor) -> Float[Tensor, "B T C"]:
+        """The stream's first value."""
         try:
             x = self.embed(ids)
+            if self.config.embed_scale != 1:
+                x = x * self.config.embed_scale
             if self.positions is not None:
-                return x + self.positions(positions), None
+                x = x + self.positions(positions)
         except IndexError:
             raise _out_of_range(self.config, ids, positions) from None
-        frequencies = rotary_frequencies(self.config.head_size, self.config.rope_theta, x.device)
-        return x, rotary_turns(positions, frequencies)
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def _view(self, kind: str, ids: Tensor, keys: int, positions: Tensor, padding_mask: Tensor | None,
+              segment_ids: Tensor | None, prefix_len) -> tuple[Tensor | None, Tensor | None]:
+        """What a kind of layer knows of places and may look at: its rotary turns and its mask."""
+        config, queries = self.config, ids.shape[1]
+        mask = combine(queries, keys, padding_mask=padding_mask, segment_ids=segment_ids, prefix_len=prefix_len,
+                       window=config.window if kind == "l" else None, device=ids.device)
+        if config.pos == "rope":
+            local = kind == "l" and config.rope_theta_local is not None
+            stretched = replace(config, rope_scaling="none", rope_factor=1.0) if local else config
+            axes = positions if config.rope_axes == 2 else positions[..., None]
+            return rotary_turns(axes, stretched, config.rope_theta_local if local else None), mask
+        if config.pos == "alibi":
+            mask = causal(queries, keys, ids.device) if mask is None else mask
+            places = positions if queries == keys else _places(ids.new_empty(1, keys), 0, padding_mask)
+            return None, alibi(positions, places, config.heads).to(self.embed.weight.dtype).masked_fill(~mask, -math.inf)
+        return None, mask
+
+    def _scores(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T V"]:
+        """Logits, scaled and capped as the configuration says."""
+        logits, cap = self.head(x), self.config.logit_softcap
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _places(ids: Tensor, past: int, padding_mask: Tensor | None) -> Int[Tensor, "rows T"]:
@@ -113,6 +144,16 @@ def _places(ids: Tensor, past: int, padding_mask: Tensor | None) -> Int[Tensor, 
     if padding_mask is None:
         return torch.arange(past, past + ids.shape[1], device=ids.device)[None]
     return (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+
+
+def _answer(ids: Tensor, padding_mask: Tensor | None, prefix_len, mask_pos) -> tuple[Tensor, Tensor]:
+    """Where each row's answer begins, and which place it fills: positions that do not count padding, (B or 1, 1)."""
+    prompt = torch.as_tensor(0 if prefix_len is None else prefix_len, device=ids.device).reshape(-1, 1)
+    if padding_mask is not None:
+        keys = torch.arange(padding_mask.shape[1], device=ids.device)
+        prompt = (padding_mask & (keys < prompt)).sum(-1, keepdim=True)
+    place = (prompt - 1).clamp(min=0) if mask_pos is None else torch.as_tensor(mask_pos, device=ids.device).reshape(-1, 1)
+    return prompt, place
 
 
 def _out_of_range(config: ModelConfig, ids: Tensor, positions: Tensor) -> ValueError:

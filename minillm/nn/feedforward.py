@@ -19,7 +19,7 @@ ACTIVATIONS = {
 
 
 class FeedForward(nn.Module):
-    """Shapes: (B, T, C) -> (B, T, C), through (B, T, F)."""
+    """Shapes: (..., C) -> (..., C), through (..., F)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -29,7 +29,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.ffn_size, config.width, bias=bias)
         self.activation = ACTIVATIONS[config.mlp]
 
-    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+    def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
         return self.down(self.activation(self.gate(x)) * self.up(x))

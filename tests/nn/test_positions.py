@@ -1,10 +1,11 @@
 import torch
 
-from minillm.nn.positions import rotary_frequencies, rotary_turns, rotate
+from minillm.config import ModelConfig
+from minillm.nn.positions import alibi, alibi_slopes, rotary_frequencies, rotary_turns, rotate, stretch, two_axes
 
 
-def turns(positions, head_size, theta=10_000.0):
-    return rotary_turns(positions, rotary_frequencies(head_size, theta))
+def turns(positions, head_size, **fields):
+    return rotary_turns(positions[..., None], ModelConfig(width=4 * head_size, head_dim=head_size, **fields))
 
 
 def test_the_complex_and_the_real_path_agree():
@@ -32,3 +33,41 @@ def test_first_pair_turns_one_radian_a_token():
     turned = rotate(x, turns(torch.tensor([[3]]), 2))
     expected = torch.tensor([torch.cos(torch.tensor(3.0)), torch.sin(torch.tensor(3.0))])
     torch.testing.assert_close(turned[0, 0, 0], expected, rtol=1e-6, atol=1e-6)  # float32 rounding
+
+
+def test_a_part_of_each_head_can_stay_as_it_is():
+    torch.manual_seed(0)
+    x = torch.randn(1, 5, 2, 10)
+    out = rotate(x, turns(torch.arange(5)[None], 10, rope_dim=4))
+    assert torch.equal(out[..., 4:], x[..., 4:]) and not torch.equal(out[:, 1:, :, :4], x[:, 1:, :, :4])
+
+
+# Published: ALiBi's paper gives 1/2, 1/4, ..., 1/256 for 8 heads; for 12 it takes those of 8 and every other one of 16.
+def test_published_slopes():
+    assert alibi_slopes(8).tolist() == [2.0 ** -i for i in range(1, 9)]
+    assert torch.allclose(alibi_slopes(12), torch.tensor([2.0 ** -i for i in range(1, 9)] + [2.0 ** -i for i in (0.5, 1.5, 2.5, 3.5)]))
+    assert torch.allclose(alibi_slopes(1), torch.tensor([2.0 ** -8]))
+
+
+def test_alibi_is_minus_slope_times_distance():
+    bias = alibi(torch.tensor([[4, 5]]), torch.arange(6)[None], 2)
+    assert bias.shape == (1, 2, 2, 6)
+    assert bias[0, 0, 1, 2].item() == -3 / 16 and bias[0, 1, 0, 0].item() == -4 / 256
+
+
+def test_interpolation_slows_every_pair_and_ntk_only_the_slowest():
+    plain = rotary_frequencies(16, 10_000.0)
+    fields = dict(width=64, head_dim=16, rope_factor=4.0, context=256)
+    assert torch.equal(stretch(plain, ModelConfig(rope_scaling="linear", **fields), 10_000.0), plain / 4)
+    ntk = stretch(plain, ModelConfig(rope_scaling="ntk", **fields), 10_000.0)
+    # float32: the last pair is slowed by the whole factor, the first not at all
+    torch.testing.assert_close(ntk[[0, -1]], plain[[0, -1]] / torch.tensor([1.0, 4.0]))
+    for kind in ("yarn", "llama3"):
+        out = stretch(plain, ModelConfig(rope_scaling=kind, rope_slow=1.0, rope_fast=4.0, **fields), 10_000.0)
+        assert out[0] == plain[0] and torch.isclose(out[-1], plain[-1] / 4) and (out <= plain).all() and (out >= plain / 4).all()
+
+
+def test_the_two_positions_of_an_answer():
+    # a prompt of 3, the mask at place 2, and an answer of 3 whose place stays 2
+    both = two_axes(torch.arange(6)[None], torch.tensor([[3]]), torch.tensor([[2]]))
+    assert both[0].T.tolist() == [[0, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 3]]

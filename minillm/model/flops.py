@@ -9,10 +9,12 @@ from minillm.config import ModelConfig
 
 
 def matmul_weights(config: ModelConfig) -> int:
-    """Weights that every token is multiplied by: all matrices, the head too, but no embedding, norm or bias."""
+    """Weights that every token is multiplied by: all matrices, the head too, but no embedding, norm, bias or idle expert."""
     queries, keys = config.heads * config.head_size, config.kv_size * config.head_size
     attention = config.width * (queries + 2 * keys) + queries * config.width
     ffn = (3 if config.gated else 2) * config.width * config.ffn_size
+    if config.experts:  # each token goes through top_k of them, and through the router
+        ffn = config.top_k * ffn + config.width * config.experts
     return config.layers * (attention + ffn) + config.width * config.vocab_size
 
 

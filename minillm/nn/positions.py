@@ -82,12 +82,12 @@ def rotate(x: Float[Tensor, "B T heads D"], turns: Float[Tensor, "rows T 1 half 
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
-def two_axes(places: Int[Tensor, "rows T"], prompt: Int[Tensor, "#rows 1"], mask_pos: Int[Tensor, "#rows 1"],
+def two_axes(places: Int[Tensor, "#B T"], prompt: Int[Tensor, "#B 1"], mask_pos: Int[Tensor, "#B 1"],
              ) -> Int[Tensor, "rows T 2"]:
     """ChatGLM-6B's two positions of a token: its place in the prompt, where an answer stays at the place that it fills
     (mask_pos), and its place in the answer, 1, 2, ... with 0 for the prompt. Source: GLM, arXiv:2103.10360 §2.2."""
     answer = places >= prompt
-    return torch.stack((torch.where(answer, mask_pos, places), (places - prompt + 1).clamp(min=0)), dim=-1)
+    return torch.stack((torch.where(answer, mask_pos, places), (places - prompt + 1).clamp(min=0).expand_as(answer)), dim=-1)
 
 
 def alibi_slopes(heads: int, device: torch.device | None = None) -> Float[Tensor, "H"]:

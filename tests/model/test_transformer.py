@@ -5,12 +5,30 @@ import torch
 
 from minillm.config import ModelConfig
 from minillm.infer.kv_cache import StaticCache
+from minillm.model import families
 from minillm.model.transformer import Transformer, num_params
 
 LLAMA = ModelConfig(vocab_size=61, layers=3, width=40, heads=4, kv_heads=2, head_dim=6, ffn_width=56, context=32)
 GPT2 = ModelConfig(vocab_size=61, layers=3, width=40, heads=4, ffn_width=56, context=32, norm="layer", mlp="gelu_tanh",
                    pos="learned", bias=("qkv", "out", "mlp", "norm"))
-BOTH = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+SMALL = dict(vocab_size=61, layers=3, width=40, heads=4, ffn_width=56, context=32)
+CONFIGS = {
+    "llama": LLAMA, "gpt2": GPT2,
+    "gpt1": replace(families.gpt1, **SMALL),
+    "gpt3": replace(families.gpt3, **SMALL | dict(layers=4), window=3),
+    "bloom": replace(families.bloom, **SMALL | dict(heads=5)),
+    "gptj": replace(families.gptj, **SMALL, rope_dim=4),
+    "palm": replace(families.palm, **SMALL | dict(heads=5), head_dim=6),
+    "falcon 40b": replace(families.falcon_40b, **SMALL, kv_heads=2),
+    "chatglm": replace(families.chatglm, **SMALL | dict(heads=5)),
+    "llama 3.1": replace(families.llama31, **SMALL, kv_heads=2, rope_context=8),
+    "mistral": replace(families.mistral, **SMALL, kv_heads=2, window=3),
+    "qwen3 moe": replace(families.qwen3_moe, **SMALL, kv_heads=2, head_dim=6, experts=4, top_k=2),
+    "olmo2": replace(families.olmo2, **SMALL),
+    "gemma2": replace(families.gemma2, **SMALL | dict(layers=4), kv_heads=2, head_dim=6, window=3),
+    "gemma3": replace(families.gemma3, **SMALL | dict(layers=6), kv_heads=1, head_dim=6, window=3),
+}
+BOTH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def random_model(config):
@@ -77,9 +95,9 @@ def test_more_than_logits_on_request(config):
     model, text = random_model(config), ids(2, 7)
     out = model(text, return_hidden=True, return_attention=True)
     torch.testing.assert_close(out.logits, model(text), rtol=1e-10, atol=1e-10)  # by hand against torch's attention
-    assert [tuple(h.shape) for h in out.hidden] == [(2, 7, 40)] * 4
-    assert [tuple(a.shape) for a in out.attention] == [(2, 4, 7, 7)] * 3
-    torch.testing.assert_close(model.head(out.hidden[-1]), out.logits)
+    assert [tuple(h.shape) for h in out.hidden] == [(2, 7, 40)] * (config.layers + 1)
+    assert [tuple(a.shape) for a in out.attention] == [(2, config.heads, 7, 7)] * config.layers
+    torch.testing.assert_close(model._scores(out.hidden[-1]), out.logits)
     assert model(text, return_hidden=True).attention is None
 
 
@@ -125,3 +143,34 @@ def test_the_cache_says_when_it_is_full():
         model(ids(1, 2), cache=cache)
     with pytest.raises(ValueError, match="segment_ids and cache"):
         model(ids(1, 1), cache=cache, segment_ids=torch.zeros(1, 1, dtype=torch.long))
+
+
+@BOTH
+def test_a_prefix_with_a_cache_and_padding(config):
+    model, text = random_model(config), ids(2, 12)
+    real = torch.ones(2, 12, dtype=torch.bool)
+    real[0, :3] = False
+    prefix = torch.tensor([7, 5])
+    whole = model(text, prefix_len=prefix, padding_mask=real)
+    cache = StaticCache(config, 2, 12, dtype=torch.float64)
+    pieces = [model(part, prefix_len=prefix, padding_mask=real[:, :end], cache=cache)
+              for part, end in zip(text.split([7, 1, 1, 3], 1), (7, 8, 9, 12))]
+    torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], rtol=1e-10, atol=1e-10)  # float64 rounding
+    alone = model(text[:1, 3:], prefix_len=4)
+    torch.testing.assert_close(whole[:1, 3:], alone, rtol=1e-10, atol=1e-10)
+
+
+@BOTH
+def test_gradients_reach_every_parameter(config):
+    model = random_model(config)
+    model(ids(2, 20)).square().sum().backward()
+    # an expert that no token chose would have none: 40 tokens choose among 4
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_a_window_looks_no_further_than_it_says():
+    model, text = random_model(replace(CONFIGS["mistral"], layers=1)), ids(1, 10)
+    changed = text.clone()
+    changed[0, 4] = (changed[0, 4] + 1) % 61
+    same = [torch.equal(a, b) for a, b in zip(model(text)[0], model(changed)[0])]
+    assert same == [True] * 4 + [False] * 3 + [True] * 3  # itself and two more

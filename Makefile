@@ -7,7 +7,7 @@ NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.
 PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quick test-all lab notebooks exercises pretrained bench clean
+.PHONY: help run test quick test-all lab notebooks exercises pretrained experiments bench clean
 
 help:           ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ exercises: .venv/ready      ## make the students' notebooks from those with the 
 
 pretrained: .venv/ready     ## train the course's own checkpoint again
 	$(PY) -m minillm.course.pretrained
+
+experiments: .venv/ready   ## run the long comparisons again that lessons draw (about half an hour on two cores)
+	OMP_NUM_THREADS=1 $(PY) -m minillm.course.experiments positions families
 
 bench: .venv/ready-to-test  ## side by side with other libraries: tokenizers, training, generation, growth, grading
 	@for name in tokenization training generation growth grading; do OMP_NUM_THREADS=1 $(PY) benchmarks/$$name.py || exit 1; done

@@ -54,9 +54,13 @@ class ModelConfig:
     """How many experts a token goes through."""
     norm_topk: bool = True
     """Whether the chosen experts' probabilities are made to sum to 1."""
-    pos: Literal["learned", "rope", "alibi"] = "rope"
-    """Where positions come in: a learned table added to the embedding, rotation of queries and keys, or a penalty on
-    distance in the scores."""
+    pos: Literal["none", "sinusoidal", "learned", "rope", "alibi", "relative"] = "rope"
+    """Where positions come in: waves or a learned table added to the embedding; rotation of queries and keys; a fixed
+    penalty on distance in the scores, or a learned one (T5's buckets); or nowhere."""
+    relative_buckets: int = 32
+    """pos = "relative": into how many buckets distances fall; half of them are exact."""
+    relative_distance: int = 128
+    """pos = "relative": from this distance on all fall into the last bucket."""
     rope_theta: float = 10_000.0
     """The longest wavelength of rotary positions is 2π · rope_theta tokens."""
     rope_theta_local: float | None = None
@@ -103,7 +107,8 @@ class ModelConfig:
         for name in ("vocab_size", "layers", "width", "heads", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
-        for name in ("kv_heads", "head_dim", "ffn_width", "rope_dim", "rope_context", "window", "top_k"):
+        for name in ("kv_heads", "head_dim", "ffn_width", "rope_dim", "rope_context", "window", "top_k",
+                     "relative_buckets"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1, or None for the default.")
         for name in ("norm_eps", "rope_theta", "rope_theta_local", "rope_factor", "rope_slow", "init_std", "residual_alpha",
@@ -267,6 +272,9 @@ def _check_families(config: ModelConfig) -> None:
     if config.residual_alpha != 1 and config.block != "post":
         raise ValueError(f"residual_alpha = {config.residual_alpha} with block = {config.block!r}: only the norm after each "
                          f"addition keeps a multiplied stream from growing without limit. Use block = \"post\".")
+    if config.pos == "relative" and config.relative_distance <= config.relative_buckets // 2:
+        raise ValueError(f"relative_distance = {config.relative_distance}: the first {config.relative_buckets // 2} distances have "
+                         f"buckets of their own, so it must be larger.")
     if config.experts and not 1 <= config.top_k <= config.experts:
         raise ValueError(f"top_k = {config.top_k}: a token goes through 1 to {config.experts} of {config.experts} experts.")
     if (config.rope_scaling == "none") != (config.rope_factor == 1):

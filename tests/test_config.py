@@ -12,7 +12,7 @@ TINY = ModelConfig(vocab_size=31, layers=2, width=24, heads=4, context=16, ffn_w
 FLIPS = {
     "vocab_size": 37, "layers": 3, "width": 32, "heads": 2, "kv_heads": 2, "head_dim": 8, "ffn_width": 48, "block": "parallel",
     "norm": "layer", "norm_eps": 0.5, "final_norm": False, "embed_norm": True, "qk_norm": "head", "residual_alpha": 2.0,
-    "mlp": "relu", "experts": 3, "top_k": 2, "norm_topk": False, "pos": "learned", "rope_theta": 100.0, "rope_theta_local": 50.0,
+    "mlp": "relu", "experts": 3, "top_k": 2, "norm_topk": False, "pos": "learned", "relative_buckets": 6, "relative_distance": 5, "rope_theta": 100.0, "rope_theta_local": 50.0,
     "rope_dim": 2, "rope_axes": 2, "rope_scaling": "linear", "rope_factor": 3.0, "rope_context": 6, "rope_slow": 0.1,
     "rope_fast": 1.5, "pattern": "gl", "window": 4, "attn_scale": 1.0, "attn_softcap": 1.0, "logit_softcap": 1.0,
     "embed_scale": 2.0, "logit_scale": 2.0, "bias": ("qkv", "out", "mlp", "norm", "head"), "tied": False, "init_std": 0.5,
@@ -21,6 +21,7 @@ FLIPS = {
 STRETCHED = {"rope_scaling": "llama3", "rope_factor": 2.0, "rope_slow": 0.2, "rope_fast": 2.0}
 # Where the base must be another for the change to mean something.
 BASES = {
+    "relative_buckets": {"pos": "relative", "relative_buckets": 8}, "relative_distance": {"pos": "relative", "relative_buckets": 8},
     "rope_axes": {"head_dim": 8}, "rope_theta_local": {"pattern": "l", "window": 4}, "residual_alpha": {"block": "post"},
     "rope_context": STRETCHED, "rope_slow": STRETCHED, "rope_fast": STRETCHED, "rope_factor": STRETCHED, "rope_scaling": STRETCHED,
     "top_k": {"experts": 3, "top_k": 1}, "norm_topk": {"experts": 3}, "pattern": {"pattern": "l", "window": 3},

@@ -3,7 +3,7 @@
 Helpers return the axes, so that a lesson can add to them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 from cycler import cycler
@@ -59,3 +59,20 @@ def bars(names: Sequence[str], values: Sequence[float], *, unit: str = "", title
     ax.margins(x=0.12)
     ax.set(xlabel=unit, title=title)
     return ax
+
+
+def tables(pictures: Mapping[str, Sequence], *, labels: Sequence[str] | None = None, rows: str = "query", columns: str = "key",
+           signed: bool = False) -> list[Axes]:
+    """Square tables of numbers side by side, dark where they are large; signed ones in two colours around 0."""
+    figure, axes = plt.subplots(1, len(pictures), figsize=(2.35 * len(pictures) + 0.4, 2.7), squeeze=False)
+    for ax, (title, numbers) in zip(axes[0], pictures.items()):
+        most = max(abs(float(numbers.min())), abs(float(numbers.max()))) or 1.0
+        scale = {"cmap": "PuOr", "vmin": -most, "vmax": most} if signed else {"cmap": "Blues", "vmin": 0, "vmax": most}
+        ax.imshow(numbers, **scale)
+        ax.grid(visible=False)
+        ax.set_title(title, fontsize=10)
+        ax.set(xlabel=columns, ylabel=rows if ax is axes[0][0] else "")
+        if labels:
+            ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
+            ax.set_yticks(range(len(labels)), labels if ax is axes[0][0] else [], fontsize=8)
+    return list(axes[0])

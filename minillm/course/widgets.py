@@ -122,6 +122,33 @@ def tiktoken_encoding(encoding) -> Callable[[str], tuple[list[int], list[bytes]]
     return cut
 
 
+def render_attention(tokens: Sequence[str], weights, title: str = "") -> str:
+    """Who looks at whom, as a picture: rows are queries, columns the keys they see, darker for more weight. (T, T)"""
+    size, left = 22, 8 * max(len(token) for token in tokens) + 12
+    side, parts = size * len(tokens), []
+    for row, token in enumerate(tokens):
+        name = html.escape(token)
+        parts.append(f"<text x='{left - 6}' y='{left + size * row + 15}' text-anchor='end'>{name}</text>"
+                     f"<text transform='translate({left + size * row + 15},{left - 6}) rotate(-90)'>{name}</text>")
+        for column in range(row + 1):
+            weight = float(weights[row][column])
+            parts.append(f"<rect x='{left + size * column}' y='{left + size * row}' width='{size - 1}' height='{size - 1}' fill='{COLOURS[0]}' "
+                         f"fill-opacity='{weight:.3f}' stroke='#ddd'><title>{name} looks at {html.escape(tokens[column])}: {weight:.2f}</title></rect>")
+    head = f"<div><b>{html.escape(title)}</b></div>" if title else ""
+    return (f"{head}<svg width='{left + side + 4}' height='{left + side + 4}' style='font:12px monospace;background:#fff'>{''.join(parts)}</svg>")
+
+
+def attention_browser(look: Callable[[str], tuple[list[str], Sequence]], text: str, layers: int, heads: int) -> widgets.Widget:
+    """Choose a layer and a head, type a sentence. `look(text)` gives its tokens and the weights [layer][head] (T, T)."""
+    area = widgets.Text(value=text, description="text", continuous_update=False, layout=widgets.Layout(width="90%"))
+    layer, head = widgets.IntSlider(min=0, max=layers - 1, description="layer"), widgets.IntSlider(min=0, max=heads - 1, description="head")
+
+    def render() -> str:
+        tokens, weights = look(area.value or " ")
+        return render_attention(tokens, weights[layer.value][head.value], f"layer {layer.value}, head {head.value}")
+    return _redrawn([area, widgets.HBox([layer, head])], [area, layer, head], render)
+
+
 def _redrawn(shown: list, controls: list, render: Callable[[], str]) -> widgets.Widget:
     """Controls above an HTML box that is drawn again whenever one of them changes."""
     box = widgets.HTML(value=render())

@@ -17,7 +17,7 @@ from minillm.config import ModelConfig
 from minillm.nn.block import Block
 from minillm.nn.masks import causal, combine
 from minillm.nn.norms import build_norm
-from minillm.nn.positions import alibi, rotary_turns, two_axes
+from minillm.nn.positions import alibi, buckets, rotary_turns, two_axes, waves
 
 
 class Output(NamedTuple):
@@ -41,6 +41,7 @@ class Transformer(nn.Module):
         with torch.device("meta"):  # shapes only: torch's own initial values would be drawn to be thrown away
             self.embed = nn.Embedding(config.vocab_size, config.width)
             self.positions = nn.Embedding(config.context, config.width) if config.pos == "learned" else None
+            self.relative = nn.Embedding(config.relative_buckets, config.heads) if config.pos == "relative" else None
             self.embed_norm = build_norm(config) if config.embed_norm else None
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
             self.norm = build_norm(config) if config.final_norm else None
@@ -110,6 +111,8 @@ class Transformer(nn.Module):
                 x = x * self.config.embed_scale
             if self.positions is not None:
                 x = x + self.positions(positions)
+            if self.config.pos == "sinusoidal":
+                x = x + waves(positions, self.config.width).to(x.dtype)
         except IndexError:
             raise _out_of_range(self.config, ids, positions) from None
         return x if self.embed_norm is None else self.embed_norm(x)
@@ -125,10 +128,15 @@ class Transformer(nn.Module):
             stretched = replace(config, rope_scaling="none", rope_factor=1.0) if local else config
             axes = positions if config.rope_axes == 2 else positions[..., None]
             return rotary_turns(axes, stretched, config.rope_theta_local if local else None), mask
-        if config.pos == "alibi":
+        if config.pos in ("alibi", "relative"):
             mask = causal(queries, keys, ids.device) if mask is None else mask
             places = positions if queries == keys else _places(ids.new_empty(1, keys), 0, padding_mask)
-            return None, alibi(positions, places, config.heads).to(self.embed.weight.dtype).masked_fill(~mask, -math.inf)
+            if config.pos == "alibi":
+                bias = alibi(positions, places, config.heads).to(self.embed.weight.dtype)
+            else:
+                numbers = buckets(positions, places, config.relative_buckets, config.relative_distance)
+                bias = self.relative(numbers).movedim(-1, 1)  # (rows, T, S, H) -> (rows, H, T, S)
+            return None, bias.masked_fill(~mask, -math.inf)
         return None, mask
 
     def _scores(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T V"]:

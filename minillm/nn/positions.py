@@ -4,8 +4,9 @@ Rotary (RoPE) turns each pair of numbers in a query or key by an angle that grow
 two turned vectors depends only on the difference of their positions, so attention sees distance. Pairs are neighbours,
 (0, 1), (2, 3), ...: one complex number each, as in the paper. Checkpoints that pair the first half of a head with the
 second (Hugging Face's LLaMA) have their rows reordered when they are loaded.
-ALiBi turns nothing and subtracts from each score a multiple of the distance. A learned table is neither: it is added to
-the embedding, in minillm/model/transformer.py. Sources: arXiv:2104.09864 §3.4, arXiv:2108.12409.
+ALiBi turns nothing and subtracts from each score a multiple of the distance; T5 learns what to add for each distance. Waves
+are added to the embedding, and so is a learned table, in minillm/model/transformer.py.
+Sources: arXiv:2104.09864 §3.4, arXiv:2108.12409, arXiv:1910.10683 §2.1, arXiv:1706.03762 §3.5.
 """
 
 import math
@@ -105,3 +106,16 @@ def alibi(queries: Int[Tensor, "#rows T"], keys: Int[Tensor, "#rows S"], heads: 
     """What is added to the scores: minus slope times distance, for queries and keys at these positions."""
     distance = queries[:, None, :, None] - keys[:, None, None, :]
     return -alibi_slopes(heads, queries.device)[:, None, None] * distance
+
+
+def buckets(queries: Int[Tensor, "#rows T"], keys: Int[Tensor, "#rows S"], count: int, furthest: int) -> Int[Tensor, "rows T S"]:
+    """T5's buckets of distances to the past: one for each below count/2, then wider and wider ones, up to `furthest`."""
+    distance, exact = (queries[:, :, None] - keys[:, None, :]).clamp(min=0), count // 2
+    wide = exact + (torch.log(distance.clamp(min=1).float() / exact) / math.log(furthest / exact) * (count - exact)).long()
+    return torch.where(distance < exact, distance, wide.clamp(max=count - 1))
+
+
+def waves(positions: Int[Tensor, "rows T"], width: int) -> Float[Tensor, "rows T C"]:
+    """The first Transformer's positions: sine and cosine side by side, of wavelengths from 2π to 2π · 10,000 tokens."""
+    angles = positions[:, :, None].float() * rotary_frequencies(width + width % 2, 10_000.0, positions.device)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :width]

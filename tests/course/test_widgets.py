@@ -34,3 +34,15 @@ def test_controls_redraw():
     slider = temperature_slider(lambda temperature, seed: f" at {temperature} {seed}", "Now")
     slider.children[0].value = 1.5
     assert "at 1.5 0" in slider.children[-1].value
+
+
+def test_attention_is_drawn_for_every_pair_that_may_look():
+    from minillm.course.widgets import attention_browser, render_attention
+    weights = [[1.0, 0.0], [0.25, 0.75]]
+    picture = render_attention(["<a>", "b"], weights)
+    assert picture.count("<rect") == 3 and "b looks at &lt;a&gt;: 0.25" in picture and "<a>" not in picture
+    browser = attention_browser(lambda text: (list(text), [[weights] * 2] * 3), "xy", 3, 2)
+    box, sliders = browser.children[-1], browser.children[1].children
+    assert "layer 0, head 0" in box.value
+    sliders[0].value = 2
+    assert "layer 2, head 0" in box.value

@@ -26,6 +26,7 @@ CONFIGS = {
     "qwen3 moe": replace(families.qwen3_moe, **SMALL, kv_heads=2, head_dim=6, experts=4, top_k=2),
     "olmo2": replace(families.olmo2, **SMALL),
     "gemma2": replace(families.gemma2, **SMALL | dict(layers=4), kv_heads=2, head_dim=6, window=3),
+    "waves": replace(LLAMA, pos="sinusoidal"), "t5's distances": replace(LLAMA, pos="relative", relative_buckets=6, relative_distance=9),
     "gemma3": replace(families.gemma3, **SMALL | dict(layers=6), kv_heads=1, head_dim=6, window=3),
 }
 BOTH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -1,7 +1,7 @@
 import torch
 
 from minillm.config import ModelConfig
-from minillm.nn.positions import alibi, alibi_slopes, rotary_frequencies, rotary_turns, rotate, stretch, two_axes
+from minillm.nn.positions import alibi, alibi_slopes, buckets, rotary_frequencies, rotary_turns, rotate, stretch, two_axes, waves
 
 
 def turns(positions, head_size, **fields):
@@ -71,3 +71,16 @@ def test_the_two_positions_of_an_answer():
     # a prompt of 3, the mask at place 2, and an answer of 3 whose place stays 2
     both = two_axes(torch.arange(6)[None], torch.tensor([[3]]), torch.tensor([[2]]))
     assert both[0].T.tolist() == [[0, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 3]]
+
+
+def test_buckets_are_those_of_t5():
+    from transformers.models.t5.modeling_t5 import T5Attention
+    places = torch.arange(300)
+    theirs = T5Attention._relative_position_bucket(places[None] - places[:, None], bidirectional=False, num_buckets=32, max_distance=128)
+    assert torch.equal(buckets(places[None], places[None], 32, 128)[0], theirs)
+
+
+def test_waves_start_with_one_radian_a_token():
+    table = waves(torch.arange(5)[None], 6)[0]
+    assert torch.allclose(table[:, 0], torch.arange(5.0).sin()) and torch.allclose(table[:, 1], torch.arange(5.0).cos())
+    assert torch.allclose(table[:, 4], (torch.arange(5) * 10_000 ** (-4 / 6)).sin()) and waves(torch.arange(5)[None], 5).shape == (1, 5, 5)

@@ -1,0 +1,89 @@
+"""`make experiments`: comparisons too long for a notebook, stored as JSON that the lessons draw.
+
+An experiment is a file beside this one with ROWS (name -> ModelConfig), PLAN (a TrainConfig), SEEDS, and `measure(model,
+data)`, which returns numbers; each row is trained once for each seed on the same stories in the same order. The results
+say with which versions, on what machine and by which command they were made. A lesson shows them, and trains one row anew.
+"""
+
+import importlib
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+from minillm.config import ModelConfig, TrainConfig
+from minillm.data.loader import Loader
+from minillm.data.prepare import DataConfig, Prepared, prepare
+from minillm.engine import Engine
+from minillm.files import write_atomically
+from minillm.model.transformer import Transformer, num_params
+from minillm.progress import show_progress, track
+
+DATA, VOCABULARY = DataConfig(size=4_000_000), 512
+
+
+def train_row(config: ModelConfig, plan: TrainConfig, data: Prepared, context: int, seed: int,
+              watch: Callable[[int, float], None] | None = None) -> Transformer:
+    """A model trained by the plan on windows of `context` tokens; `watch(step, loss)` sees every step."""
+    engine = Engine(config, replace(plan, seed=seed))
+    loader = Loader(data.train, batch_size=plan.batch_size, context=context, seed=seed)
+    for step in range(1, plan.steps + 1):
+        loss = engine.forward_backward(next(loader))
+        engine.clip(plan.clip_norm)
+        engine.step()
+        if watch:
+            watch(step, float(loss))
+    return engine.model.eval()
+
+
+def results(name: str) -> dict:
+    """The stored results of an experiment: "made" (how and where), "rows" (row -> a dict of numbers for each seed)."""
+    return json.loads(Path(__file__).with_name(f"{name}.json").read_text())
+
+
+def spread(name: str, key: str) -> dict[str, tuple[float, float]]:
+    """Row -> mean and standard deviation over the seeds of one number."""
+    return {row: (mean(run[key] for run in runs), stdev(run[key] for run in runs)) for row, runs in results(name)["rows"].items()}
+
+
+def _one(name: str, row: str, seed: int, folder: str) -> dict[str, float]:
+    torch.set_num_threads(1)
+    experiment = importlib.import_module(f"{__name__}.{name}")
+    data = prepare(folder, DATA, VOCABULARY)
+    model = train_row(experiment.ROWS[row], experiment.PLAN, data, experiment.CONTEXT, seed)
+    found: Mapping[str, float] = experiment.measure(model, data)
+    return {"seed": seed, "parameters": num_params(model), **{key: round(value, 4) for key, value in found.items()}}
+
+
+def run(name: str) -> Path:
+    """Train all rows of an experiment, two at a time, and store what was measured."""
+    experiment = importlib.import_module(f"{__name__}.{name}")
+    jobs = [(row, seed) for seed in experiment.SEEDS for row in experiment.ROWS]
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(folder, DATA, VOCABULARY)
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            futures = [pool.submit(_one, name, row, seed, folder) for row, seed in jobs]
+            found = [future.result() for future in track(futures, name, unit="run")]
+    rows = {row: [result for (r, _), result in zip(jobs, found) if r == row] for row in experiment.ROWS}
+    made = {"command": f"python -m minillm.course.experiments {name}", "torch": torch.__version__, "python": platform.python_version(),
+            "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, one thread a run",
+            "plan": {"steps": experiment.PLAN.steps, "batch_size": experiment.PLAN.batch_size, "context": experiment.CONTEXT,
+                     "lr": experiment.PLAN.lr, "data": f"{DATA.size:,} bytes of stories", "vocabulary": VOCABULARY}}
+    path = Path(__file__).with_name(f"{name}.json")
+    write_atomically(path, json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def main() -> None:
+    """Run the experiments named on the command line."""
+    show_progress()
+    for name in sys.argv[1:]:
+        run(name)

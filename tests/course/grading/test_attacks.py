@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from hostile import ROOT, grade_cells, notebook, points, quick_exercises, solution_cells, strangers
+from hostile import KEY, ROOT, grade_cells, notebook, points, quick_exercises, solution_cells, strangers
 
+from minillm.course.exercises import lesson_exercises
 from minillm.course.grading import grade as grading
 from minillm.course.grading.sandbox import best_level
 
@@ -197,6 +198,21 @@ def test_feedback_says_nothing_of_the_inputs(outside):
     said = str([result["problems"], result["exercises"]])
     assert "ValueError in line 3 of code cell 1" in said and "Exception in line 2 of code cell 2" in said
     assert "{(" not in said and "(1," not in said and "2, 1" not in said
+
+
+@pytest.mark.parametrize("call", ["F.scaled_dot_product_attention", "getattr(F, 'scaled_dot_' + 'product_attention')",
+                                  "torch._C._nn.scaled_dot_product_attention"])
+def test_the_librarys_own_answer_is_refused(call):
+    cell = (f"import torch, torch.nn.functional as F\ndef causal_attention(q, k, v):\n    return {call}(q, k, v, is_causal=True)\n"
+            "def rms_norm(x, weight, eps):\n    return x")
+    exercises = [e for e in lesson_exercises("02") if e.name == "causal_attention"]
+    result = grading.grade(grading.Submission("x", notebook(cell)), exercises, KEY)
+    assert result["points"] == 0 and "PermissionError" in result["exercises"][0]["tests"][0]["says"], result
+    assert ("getattr" in call) != any("scaled_dot_product_attention" in problem for problem in result["problems"])
+    # the same formula, written by hand, is right; a function of one's own may have any name
+    hand = cell.replace(f"{call}(q, k, v, is_causal=True)", "(q @ k.mT / q.shape[-1] ** 0.5 + torch.full((q.shape[-2],) * 2, -torch.inf).triu(1)).softmax(-1) @ v")
+    right = grading.grade(grading.Submission("x", notebook(hand)), exercises, KEY)
+    assert right["points"] == right["of"] and right["problems"] == [], right
 
 
 def test_constants_that_fit_one_seed_fit_no_other():

@@ -6,10 +6,15 @@ an HTML box when a control moves, so that nothing is printed and nothing flicker
 
 import html
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import ipywidgets as widgets
 
+from minillm.config import ModelConfig
 from minillm.course.plots import COLOURS
+from minillm.model.families import PRESETS, changes
+from minillm.model.flops import forward_flops
+from minillm.model.transformer import Transformer, num_params
 from minillm.text.bpe import BPETokenizer
 from minillm.text.bpe_train import merge_pair
 
@@ -147,6 +152,38 @@ def attention_browser(look: Callable[[str], tuple[list[str], Sequence]], text: s
         tokens, weights = look(area.value or " ")
         return render_attention(tokens, weights[layer.value][head.value], f"layer {layer.value}, head {head.value}")
     return _redrawn([area, widgets.HBox([layer, head])], [area, layer, head], render)
+
+
+def render_family(base: ModelConfig, changed: Mapping[str, object]) -> str:
+    """A configuration with some fields changed: what it costs, and which published one it is nearest to."""
+    try:
+        config = replace(base, **changed)
+        parameters = num_params(Transformer(config, device="meta"))
+    except ValueError as error:
+        return f"<div style='color:{COLOURS[1]}'>{html.escape(str(error))}</div>"
+    near = min((name for name in PRESETS if name != "first"), key=lambda name: len(changes(PRESETS[name], config)))
+    left = ", ".join(f"{field}: {old} → {new}" for field, (old, new) in changes(PRESETS[near], config).items())
+    rows = {"parameters": f"{parameters:,}", "cache a token": f"{4 * config.layers * config.kv_size * config.head_size / 1024:,.0f} KiB in bf16",
+            "work a token": f"{forward_flops(config, 1024) / 1024 / 1e6:,.0f} million operations to read 1,024 tokens",
+            "nearest": near + (f", but for {left}" if left else ", exactly")}
+    body = "".join(f"<tr><td style='padding-right:1em'>{k}</td><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in rows.items())
+    return f"<table>{body}</table>"
+
+
+def family_builder(base: ModelConfig = PRESETS["gpt2"]) -> widgets.Widget:
+    """Choose the fields of a decoder of GPT-2's size."""
+    fields = {"block": ["pre", "post", "parallel", "parallel2", "sandwich", "branch"], "norm": ["layer", "rms"], "qk_norm": ["none", "head", "full"],
+              "mlp": ["gelu_tanh", "relu", "swiglu", "geglu"], "pos": ["learned", "alibi", "rope", "relative"], "kv_heads": [12, 4, 1],
+              "embed_norm": [False, True], "final_norm": [True, False], "tied": [True, False], "experts": [0, 8]}
+    boxes = {name: widgets.Dropdown(options=options, value=getattr(base, name) if name != "kv_heads" else base.kv_size, description=name)
+             for name, options in fields.items()}
+    biases = widgets.Checkbox(value=True, description="biases")
+
+    def render() -> str:
+        changed = {name: box.value for name, box in boxes.items()} | {"bias": base.bias if biases.value else ()}
+        return render_family(base, changed | {"kv_heads": None if boxes["kv_heads"].value == base.heads else boxes["kv_heads"].value})
+    return _redrawn([widgets.GridBox([*boxes.values(), biases], layout=widgets.Layout(grid_template_columns="repeat(3, 310px)"))],
+                    [*boxes.values(), biases], render)
 
 
 def _redrawn(shown: list, controls: list, render: Callable[[], str]) -> widgets.Widget:

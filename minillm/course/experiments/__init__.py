@@ -1,7 +1,7 @@
 """`make experiments`: comparisons too long for a notebook, stored as JSON that the lessons draw.
 
-An experiment is a file beside this one with ROWS (name -> ModelConfig), PLAN (a TrainConfig), SEEDS, and `measure(model,
-data)`, which returns numbers; each row is trained once for each seed on the same stories in the same order. The results
+An experiment is a file beside this one with ROWS (name -> ModelConfig), PLAN (a TrainConfig), perhaps PLANS (row -> what it
+changes in the plan), CONTEXT, SEEDS, and `measure(model, data)`, which returns numbers; each row is trained once for each seed on the same stories in the same order. The results
 say with which versions, on what machine and by which command they were made. A lesson shows them, and trains one row anew.
 """
 
@@ -58,7 +58,8 @@ def _one(name: str, row: str, seed: int, folder: str) -> dict[str, float]:
     torch.set_num_threads(1)
     experiment = importlib.import_module(f"{__name__}.{name}")
     data = prepare(folder, DATA, VOCABULARY)
-    model = train_row(experiment.ROWS[row], experiment.PLAN, data, experiment.CONTEXT, seed)
+    plan = replace(experiment.PLAN, **getattr(experiment, "PLANS", {}).get(row, {}))
+    model = train_row(experiment.ROWS[row], plan, data, experiment.CONTEXT, seed)
     found: Mapping[str, float] = experiment.measure(model, data)
     return {"seed": seed, "parameters": num_params(model), **{key: round(value, 4) for key, value in found.items()}}
 

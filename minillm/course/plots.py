@@ -76,3 +76,33 @@ def tables(pictures: Mapping[str, Sequence], *, labels: Sequence[str] | None = N
             ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
             ax.set_yticks(range(len(labels)), labels if ax is axes[0][0] else [], fontsize=8)
     return list(axes[0])
+
+
+def tree(parents: Mapping[str, str], labels: Mapping[str, str], *, title: str = "") -> Axes:
+    """Who came from whom, from left to right: child -> parent, with a word or two under each name."""
+    children: dict[str, list[str]] = {}
+    for child, parent in parents.items():
+        children.setdefault(parent, []).append(child)
+    places: dict[str, tuple[float, float]] = {}
+
+    def place(name: str, depth: int, row: float) -> float:
+        below = row
+        for child in children.get(name, ()):
+            below = place(child, depth + 1, below)
+        places[name] = (depth, row)
+        return max(below, row + 1)
+
+    rows = 0.0
+    for root in dict.fromkeys(parent for parent in parents.values() if parent not in parents):
+        rows = place(root, 0, rows)
+    ax = plt.figure(figsize=(8.4, 0.5 * rows + 0.6)).gca()
+    ax.axis("off")
+    for child, parent in parents.items():
+        (x, y), (px, py) = places[child], places[parent]
+        ax.plot([px + 0.02, px + 0.82, px + 0.82, x], [-py, -py, -y, -y], color="#AAAAAA", linestyle="-", linewidth=1, zorder=0)
+    for name, (x, y) in places.items():
+        ax.text(x, -y, f" {name} ", fontsize=9.5, va="center", fontweight="bold", color="white",
+                bbox=dict(boxstyle="round,pad=0.25", facecolor=COLOURS[0], edgecolor="none"))
+        ax.text(x + 0.02, -y - 0.44, labels.get(name, ""), fontsize=7.5, va="center", color="#444444")
+    ax.set(xlim=(-0.1, max(x for x, _ in places.values()) + 0.9), ylim=(-rows + 0.1, 0.7), title=title)
+    return ax

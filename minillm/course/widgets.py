@@ -165,7 +165,7 @@ def render_family(base: ModelConfig, changed: Mapping[str, object]) -> str:
     left = ", ".join(f"{field}: {old} → {new}" for field, (old, new) in changes(PRESETS[near], config).items())
     rows = {"parameters": f"{parameters:,}", "cache a token": f"{4 * config.layers * config.kv_size * config.head_size / 1024:,.0f} KiB in bf16",
             "work a token": f"{forward_flops(config, 1024) / 1024 / 1e6:,.0f} million operations to read 1,024 tokens",
-            "nearest": near + (f", but for {left}" if left else ", exactly")}
+            "nearest": near + (f", but for {left}" if left else ", in all but size")}
     body = "".join(f"<tr><td style='padding-right:1em'>{k}</td><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in rows.items())
     return f"<table>{body}</table>"
 

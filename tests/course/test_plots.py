@@ -59,3 +59,19 @@ def test_bars_carry_their_values_with_the_first_on_top():
 
 def test_the_same_figure_is_the_same_file():
     assert png(bars(["a"], [1])) == png(bars(["a"], [1]))
+
+
+def test_a_tree_shows_every_name_once_and_parents_left_of_children():
+    from minillm.course.plots import tree
+    ax = tree({"b": "a", "c": "a", "d": "c"}, {"b": "1 field"})
+    places = {text.get_text().strip(): text.get_position() for text in ax.texts if text.get_text()}
+    assert set(places) == {"a", "b", "c", "d", "1 field"} and places["a"][0] < places["c"][0] < places["d"][0]
+    assert len({places[name] for name in "abcd"}) == 4
+
+
+def test_tables_stand_side_by_side():
+    import torch
+
+    from minillm.course.plots import tables
+    axes = tables({"one": torch.eye(3), "two": torch.ones(3, 3)}, labels=["x", "y", "z"])
+    assert [ax.get_title() for ax in axes] == ["one", "two"] and axes[0].images[0].get_array().shape == (3, 3)

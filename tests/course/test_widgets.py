@@ -51,10 +51,10 @@ def test_attention_is_drawn_for_every_pair_that_may_look():
 def test_a_family_of_ones_own_is_priced_and_named():
     from minillm.course.widgets import family_builder, render_family
     from minillm.model.families import gpt2
-    assert "gpt2, exactly" in render_family(gpt2, {}) and "124,439,808" in render_family(gpt2, {})
+    assert "gpt2, in all but size" in render_family(gpt2, {}) and "124,439,808" in render_family(gpt2, {})
     assert "bloom" in render_family(gpt2, {"pos": "alibi", "embed_norm": True})
     assert "cannot share 5 KV heads" in render_family(gpt2, {"kv_heads": 5})
     builder = family_builder()
-    assert "gpt2, exactly" in builder.children[-1].value
+    assert "gpt2, in all but size" in builder.children[-1].value
     builder.children[0].children[4].value = "alibi"
-    assert "gpt2, exactly" not in builder.children[-1].value
+    assert "gpt2, in all but size" not in builder.children[-1].value

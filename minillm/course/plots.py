@@ -66,6 +66,7 @@ def tables(pictures: Mapping[str, Sequence], *, labels: Sequence[str] | None = N
     """Square tables of numbers side by side, dark where they are large; signed ones in two colours around 0."""
     figure, axes = plt.subplots(1, len(pictures), figsize=(2.35 * len(pictures) + 0.4, 2.7), squeeze=False)
     for ax, (title, numbers) in zip(axes[0], pictures.items()):
+        numbers = numbers.numpy() if hasattr(numbers, "numpy") else numbers
         most = max(abs(float(numbers.min())), abs(float(numbers.max()))) or 1.0
         scale = {"cmap": "PuOr", "vmin": -most, "vmax": most} if signed else {"cmap": "Blues", "vmin": 0, "vmax": most}
         ax.imshow(numbers, **scale)

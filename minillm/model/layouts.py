@@ -172,8 +172,8 @@ def read_rope(theirs: dict, rope: dict | None = None) -> dict:
     if scaling == "llama3":
         return fields | {"rope_slow": rope["low_freq_factor"], "rope_fast": rope["high_freq_factor"]}
     if scaling == "yarn":
-        if rope.get("attention_factor") or rope.get("mscale"):
-            raise ValueError("config.json: a yarn scaling with attention_factor or mscale of its own cannot be loaded.")
+        if own := [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key)] + ["truncate"] * (rope.get("truncate") is False):
+            raise ValueError(f"config.json: a yarn scaling with {own[0]} of its own cannot be loaded.")
         return fields | {"rope_slow": rope.get("beta_slow", 1.0), "rope_fast": rope.get("beta_fast", 32.0)}
     return fields
 

@@ -57,7 +57,7 @@ GPT2 = Layout("gpt2", "GPT2LMHeadModel", "transformer.", tuple(
     only_weight("wte", "embed") + only_weight("wpe", "positions") + same("ln_f", "norm") + CONV + HEAD),
     N_SIZES | {"ffn_width": ("n_inner", None)}, LEARNED | {"init_residual": True},
     *both(activation("activation_function", PLAIN), NO_DROPOUT),
-    constants={"scale_attn_by_inverse_layer_idx": False}, skip=(".attn.bias", ".attn.masked_bias"))
+    constants={"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False}, skip=(".attn.bias", ".attn.masked_bias"))
 
 
 def _read_neo(theirs: dict) -> dict:
@@ -184,7 +184,7 @@ OPT = Layout("opt", "OPTForCausalLM", "model.decoder.", tuple(
     + same("layers.{i}.self_attn_layer_norm", "blocks.{i}.attention_norm") + same("layers.{i}.final_layer_norm", "blocks.{i}.ffn_norm")),
     SIZES | {"context": "max_position_embeddings", "ffn_width": "ffn_dim", "init_std": ("init_std", 0.02)}, LEARNED,
     *both(activation("activation_function", {"relu": "relu"}), (_at_full_width, lambda c: {"word_embed_proj_dim": c.width})),
-    constants={"do_layer_norm_before": True, "enable_bias": True, "layer_norm_elementwise_affine": True})
+    constants={"do_layer_norm_before": True, "enable_bias": True, "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False})
 
 
 # --- ChatGLM-6B: its "pre-norm" block multiplies the normalised stream, which is a post-norm block one norm later -----------
@@ -310,12 +310,14 @@ def _write_gemma3_rope(config: ModelConfig) -> dict:
 
 
 GEMMA = Layout("gemma", "GemmaForCausalLM", "model.", gemma(PRE), MODERN, {"norm": "rms"},
-               *both(ROPE, (lambda t: {"mlp": "geglu"}, lambda c: {"hidden_act": named(c.mlp, GATED)}), biased(), EMBED_SCALE))
+               *both(ROPE, (lambda t: {"mlp": "geglu"}, lambda c: {"hidden_act": named(c.mlp, GATED)}), biased(), EMBED_SCALE),
+               constants={"use_bidirectional_attention": None})
 GEMMA2 = Layout("gemma2", "Gemma2ForCausalLM", "model.", gemma(SANDWICH), MODERN | SOFTCAPS, {"norm": "rms", "block": "sandwich"},
-                *both(ROPE, GELU, biased(), EMBED_SCALE, GEMMA_SCALE, TYPED_WINDOWS))
+                *both(ROPE, GELU, biased(), EMBED_SCALE, GEMMA_SCALE, TYPED_WINDOWS), constants={"use_bidirectional_attention": None})
 GEMMA3 = Layout("gemma3_text", "Gemma3ForCausalLM", "model.", gemma(SANDWICH), MODERN | SOFTCAPS,
                 {"norm": "rms", "block": "sandwich", "qk_norm": "head"},
-                *both((_read_gemma3_rope, _write_gemma3_rope), GELU, biased(), EMBED_SCALE, GEMMA_SCALE, TYPED_WINDOWS))
+                *both((_read_gemma3_rope, _write_gemma3_rope), GELU, biased(), EMBED_SCALE, GEMMA_SCALE, TYPED_WINDOWS),
+                constants={"use_bidirectional_attention": False})
 GLM = Layout("glm", "GlmForCausalLM", "model.", modern(PRE, turned=same, ffn=GATE_UP), MODERN, {"norm": "rms"},
              *both(PARTIAL_ROPE, SILU, biased(True)))
 GLM4 = Layout("glm4", "Glm4ForCausalLM", "model.", modern(

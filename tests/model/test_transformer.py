@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from minillm.config import ModelConfig
+from minillm.infer.generate import generate
 from minillm.infer.kv_cache import StaticCache
+from minillm.infer.sampling import Sampling
 from minillm.model import families
 from minillm.model.transformer import Transformer, num_params
 
@@ -175,3 +177,12 @@ def test_a_window_looks_no_further_than_it_says():
     changed[0, 4] = (changed[0, 4] + 1) % 61
     same = [torch.equal(a, b) for a, b in zip(model(text)[0], model(changed)[0])]
     assert same == [True] * 4 + [False] * 3 + [True] * 3  # itself and two more
+
+
+@BOTH
+def test_writing_with_and_without_the_cache(config):
+    model, real = random_model(config), torch.ones(2, 6, dtype=torch.bool)
+    real[0, :2] = False
+    options = dict(sampling=Sampling(temperature=0), padding_mask=real, prefix_len=6)
+    with_cache, without = (generate(model, ids(2, 6), 9, cached=cached, **options) for cached in (True, False))
+    assert torch.equal(with_cache, without) and with_cache.shape == (2, 15)

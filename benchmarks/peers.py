@@ -46,18 +46,20 @@ def hf_gpt2(size: str) -> nn.Module:
 
 
 class PlainGPT(nn.Module):
-    """GPT-2 the way a single-file trainer writes it: fused qkv, SDPA, exact gelu, no biases, loss outside."""
+    """GPT-2 the way a single-file trainer writes it: fused qkv, SDPA, loss outside; with GPT-2's biases and its gelu, or
+    without biases and with the exact gelu, which is faster but reads no published checkpoint."""
 
-    def __init__(self, size: str):
+    def __init__(self, size: str, published: bool = False):
         super().__init__()
+        self.gelu = "tanh" if published else "none"
         c = self.config = ours(size, "gpt2")
         self.wte, self.wpe = nn.Embedding(c.vocab_size, c.width), nn.Embedding(c.context, c.width)
         self.blocks = nn.ModuleList(nn.ModuleDict({
-            "norm1": nn.LayerNorm(c.width, bias=False), "qkv": nn.Linear(c.width, 3 * c.width, bias=False),
-            "out": nn.Linear(c.width, c.width, bias=False), "norm2": nn.LayerNorm(c.width, bias=False),
-            "up": nn.Linear(c.width, 4 * c.width, bias=False), "down": nn.Linear(4 * c.width, c.width, bias=False),
+            "norm1": nn.LayerNorm(c.width, bias=published), "qkv": nn.Linear(c.width, 3 * c.width, bias=published),
+            "out": nn.Linear(c.width, c.width, bias=published), "norm2": nn.LayerNorm(c.width, bias=published),
+            "up": nn.Linear(c.width, 4 * c.width, bias=published), "down": nn.Linear(4 * c.width, c.width, bias=published),
         }) for _ in range(c.layers))
-        self.norm, self.head = nn.LayerNorm(c.width, bias=False), nn.Linear(c.width, c.vocab_size, bias=False)
+        self.norm, self.head = nn.LayerNorm(c.width, bias=published), nn.Linear(c.width, c.vocab_size, bias=False)
         self.head.weight = self.wte.weight
 
     def forward(self, ids):
@@ -69,7 +71,7 @@ class PlainGPT(nn.Module):
                        for t in b["qkv"](b["norm1"](x)).split(self.config.width, dim=2))
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
             x = x + b["out"](mixed)
-            x = x + b["down"](F.gelu(b["up"](b["norm2"](x))))
+            x = x + b["down"](F.gelu(b["up"](b["norm2"](x)), approximate=self.gelu))
         return self.head(self.norm(x))
 
 

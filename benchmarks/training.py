@@ -58,6 +58,7 @@ def floor_step(size: str, family: str, precision: str):
 def table(size: str, precision: str, mode: str, rounds: int) -> None:
     """Measure and print one table."""
     models = {"minillm gpt2": Transformer(ours(size, "gpt2")), "HF GPT-2": hf_gpt2(size), "plain GPT": PlainGPT(size),
+              "plain, as GPT-2": PlainGPT(size, published=True),
               "minillm llama": Transformer(ours(size, "llama")), "HF Llama": hf_llama(size)}
     jobs = {name: training_step(model, size, precision, mode == "compiled") for name, model in models.items()}
     jobs |= {f"floor {family}": floor_step(size, family, precision) for family in ("gpt2", "llama")}
@@ -74,7 +75,8 @@ def table(size: str, precision: str, mode: str, rounds: int) -> None:
         share = 100 * speed * training_flops_per_token(ours(size, family)) / peak
         ratio = f"{seconds[peer] / seconds[name]:.2f}" if peer else ""
         print(f"{name:<16}{speed:>10,.0f}{ratio:>12}{share:>12.0f}{100 * seconds['floor ' + family] / seconds[name]:>12.0f}")
-    print(f"minillm gpt2 is {seconds['plain GPT'] / seconds['minillm gpt2']:.2f} x the plain GPT", flush=True)
+    print(f"minillm gpt2 is {seconds['plain GPT'] / seconds['minillm gpt2']:.2f} x the plain GPT, and "
+          f"{seconds['plain, as GPT-2'] / seconds['minillm gpt2']:.2f} x one with GPT-2's biases and gelu", flush=True)
 
 
 def main() -> None:

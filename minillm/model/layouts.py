@@ -186,7 +186,7 @@ def write_rope(config: ModelConfig, partial: bool = False) -> dict:
     if config.rope_size != config.head_size and not partial:
         raise ValueError(f"rope_dim = {config.rope_size} of {config.head_size} cannot be said in this layout.")
     rope = {"rope_type": named(config.rope_scaling, SCALINGS), "rope_theta": config.rope_theta}
-    if config.rope_size != config.head_size:
+    if partial:  # always, because these classes' own default is a part
         rope["partial_rotary_factor"] = config.rope_size / config.head_size
     if config.rope_scaling != "none":
         trained = config.rope_context or int(config.context / config.rope_factor)

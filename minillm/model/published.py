@@ -17,6 +17,16 @@ only_weight = partial(same, parts=WEIGHT)
 ALL = ("qkv", "out", "mlp", "norm")
 
 
+def _whole_heads(config: ModelConfig) -> dict:
+    """Some classes want a width that divides into heads, though head_dim says how large they are."""
+    if config.width % config.heads:
+        raise ValueError(f"width {config.width} does not divide into {config.heads} heads, which this layout asks for.")
+    return {}
+
+
+WHOLE_HEADS = (lambda theirs: {}, _whole_heads)
+
+
 def activation(theirs_key: str, known: dict[str, str]) -> tuple:
     """read and write for the name of an activation."""
     return (lambda theirs: {"mlp": choice(theirs, theirs_key, known)}, lambda config: {theirs_key: named(config.mlp, known)})
@@ -268,7 +278,7 @@ TYPED_WINDOWS = (_windowed, partial(_write_windows, flag=True))
 EXPERTS = {"experts": "num_local_experts", "top_k": "num_experts_per_tok"}
 HUB_EXPERTS = expert_rules("layers.{i}.mlp", "gate_proj", "up_proj", "down_proj")
 
-LLAMA = Layout("llama", "LlamaForCausalLM", "model.", modern(PRE), MODERN, {"norm": "rms"}, *both(ROPE, SILU, biased(mlp=True)),
+LLAMA = Layout("llama", "LlamaForCausalLM", "model.", modern(PRE), MODERN, {"norm": "rms"}, *both(ROPE, SILU, biased(mlp=True), WHOLE_HEADS),
                skip=("rotary_emb.inv_freq",))
 MISTRAL = Layout("mistral", "MistralForCausalLM", "model.", modern(PRE), MODERN, {"norm": "rms"}, *both(ROPE, SILU, WINDOW))
 MIXTRAL = Layout("mixtral", "MixtralForCausalLM", "model.", modern(PRE, ffn=expert_rules("layers.{i}.block_sparse_moe", "w1", "w3", "w2")),
@@ -287,6 +297,8 @@ OLMOE = Layout("olmoe", "OlmoeForCausalLM", "model.", modern(PRE, ffn=HUB_EXPERT
 OLMO2 = Layout("olmo2", "Olmo2ForCausalLM", "model.", modern({"post_attention_layernorm": "attention_norm", "post_feedforward_layernorm": "ffn_norm"}),
                MODERN, {"norm": "rms", "block": "branch", "qk_norm": "full"}, *both(ROPE, SILU, biased()))
 
+# Gemma's classes build a mask with a window even when no layer has one
+ALWAYS_WINDOWED = (_windowed, lambda config: _write_windows(config, flag=True) | {"sliding_window": config.window or config.context})
 EMBED_SCALE = (lambda t: {"embed_scale": t["hidden_size"] ** 0.5}, lambda c: {})
 SANDWICH = {"input_layernorm": "attention_norm", "post_attention_layernorm": "attention_post_norm",
             "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "ffn_post_norm"}
@@ -313,10 +325,10 @@ GEMMA = Layout("gemma", "GemmaForCausalLM", "model.", gemma(PRE), MODERN, {"norm
                *both(ROPE, (lambda t: {"mlp": "geglu"}, lambda c: {"hidden_act": named(c.mlp, GATED)}), biased(), EMBED_SCALE),
                constants={"use_bidirectional_attention": None})
 GEMMA2 = Layout("gemma2", "Gemma2ForCausalLM", "model.", gemma(SANDWICH), MODERN | SOFTCAPS, {"norm": "rms", "block": "sandwich"},
-                *both(ROPE, GELU, biased(), EMBED_SCALE, GEMMA_SCALE, TYPED_WINDOWS), constants={"use_bidirectional_attention": None})
+                *both(ROPE, GELU, biased(), EMBED_SCALE, GEMMA_SCALE, ALWAYS_WINDOWED, WHOLE_HEADS), constants={"use_bidirectional_attention": None})
 GEMMA3 = Layout("gemma3_text", "Gemma3ForCausalLM", "model.", gemma(SANDWICH), MODERN | SOFTCAPS,
                 {"norm": "rms", "block": "sandwich", "qk_norm": "head"},
-                *both((_read_gemma3_rope, _write_gemma3_rope), GELU, biased(), EMBED_SCALE, GEMMA_SCALE, TYPED_WINDOWS),
+                *both((_read_gemma3_rope, _write_gemma3_rope), GELU, biased(), EMBED_SCALE, GEMMA_SCALE, ALWAYS_WINDOWED, WHOLE_HEADS),
                 constants={"use_bidirectional_attention": False})
 GLM = Layout("glm", "GlmForCausalLM", "model.", modern(PRE, turned=same, ffn=GATE_UP), MODERN, {"norm": "rms"},
              *both(PARTIAL_ROPE, SILU, biased(True)))

@@ -67,5 +67,10 @@ FAMILIES = {
                              sliding_attention=dict(rope_type="default", rope_theta=50.0)))),
     "glm": lambda: hf.GlmForCausalLM(hf.GlmConfig(**MODERN | dict(head_dim=12))),
     "glm4": lambda: hf.Glm4ForCausalLM(hf.Glm4Config(**MODERN | dict(head_dim=12))),
+    "glm4, whole heads turned": lambda: hf.Glm4ForCausalLM(hf.Glm4Config(
+        **MODERN | dict(head_dim=12), rope_parameters=dict(rope_type="default", rope_theta=100.0, partial_rotary_factor=1.0))),
+    "gemma3, no window anywhere": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**WIDE, query_pre_attn_scalar=12, layer_types=TYPES[2:] * 3)),
+    "mistral, no window, heads that do not divide the width": lambda: hf.MistralForCausalLM(hf.MistralConfig(
+        **WIDE | dict(hidden_size=34), sliding_window=None)),
     "cohere, one KV head (PaLM)": lambda: hf.CohereForCausalLM(hf.CohereConfig(**WIDE | dict(num_key_value_heads=1), logit_scale=0.5)),
 }

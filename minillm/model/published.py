@@ -256,16 +256,18 @@ def biased(qkv_only: bool = False, mlp: bool = False) -> tuple:
             lambda c: {"attention_bias": "qkv" in c.bias} | ({"mlp_bias": "mlp" in c.bias} if mlp else {}))
 
 
-def _windowed(theirs: dict) -> dict:
-    """Which layers have a window: layer_types, or all of them where only sliding_window is given."""
-    window, kinds = theirs.get("sliding_window"), theirs.get("layer_types")
-    if theirs.get("use_sliding_window", True) is False:
-        window = None
-    if kinds is None and theirs.get("sliding_window_pattern"):
-        kinds = [("full" if (i + 1) % theirs["sliding_window_pattern"] == 0 else "sliding") for i in range(theirs["num_hidden_layers"])]
-    if window is None:
+def _windowed(theirs: dict, every: int | None = None, flagged: bool = False) -> dict:
+    """Which layers have a window: those that layer_types says. Without it every one; or all but each `every`th (Gemma); or,
+    where a flag has to be set for any, those from max_window_layers on (Qwen)."""
+    if not theirs.get("use_sliding_window", not flagged) or (window := theirs["sliding_window"]) is None:
         return {}
-    return _pattern(["l" if kind.startswith("sliding") else "g" for kind in kinds or ["sliding"]], window)
+    kinds, layers = theirs.get("layer_types"), range(theirs["num_hidden_layers"])
+    if kinds is None and (every := theirs.get("sliding_window_pattern", every)):
+        kinds = ["full" if (layer + 1) % every == 0 else "sliding" for layer in layers]
+    if kinds is None:
+        first = theirs["max_window_layers"] if flagged else 0
+        kinds = ["sliding" if layer >= first else "full" for layer in layers]
+    return _pattern(["l" if kind.startswith("sliding") else "g" for kind in kinds], window)
 
 
 def _write_windows(config: ModelConfig, flag: bool = False) -> dict:
@@ -274,7 +276,9 @@ def _write_windows(config: ModelConfig, flag: bool = False) -> dict:
 
 
 WINDOW = (_windowed, _write_windows)
-TYPED_WINDOWS = (_windowed, partial(_write_windows, flag=True))
+FLAGGED_WINDOWS = (partial(_windowed, flagged=True), partial(_write_windows, flag=True))
+ALL_OR_NONE = (lambda t: _windowed({**t, "layer_types": None, "max_window_layers": 0}, flagged=True),
+               lambda c: {"sliding_window": c.window, "use_sliding_window": c.window is not None})
 EXPERTS = {"experts": "num_local_experts", "top_k": "num_experts_per_tok"}
 HUB_EXPERTS = expert_rules("layers.{i}.mlp", "gate_proj", "up_proj", "down_proj")
 
@@ -283,13 +287,13 @@ LLAMA = Layout("llama", "LlamaForCausalLM", "model.", modern(PRE), MODERN, {"nor
 MISTRAL = Layout("mistral", "MistralForCausalLM", "model.", modern(PRE), MODERN, {"norm": "rms"}, *both(ROPE, SILU, WINDOW))
 MIXTRAL = Layout("mixtral", "MixtralForCausalLM", "model.", modern(PRE, ffn=expert_rules("layers.{i}.block_sparse_moe", "w1", "w3", "w2")),
                  MODERN | EXPERTS, {"norm": "rms"}, *both(ROPE, SILU, WINDOW))
-QWEN2 = Layout("qwen2", "Qwen2ForCausalLM", "model.", modern(PRE), MODERN, {"norm": "rms", "bias": ("qkv",)}, *both(ROPE, SILU, TYPED_WINDOWS))
+QWEN2 = Layout("qwen2", "Qwen2ForCausalLM", "model.", modern(PRE), MODERN, {"norm": "rms", "bias": ("qkv",)}, *both(ROPE, SILU, FLAGGED_WINDOWS))
 QWEN3 = Layout("qwen3", "Qwen3ForCausalLM", "model.", modern(PRE), MODERN, {"norm": "rms", "qk_norm": "head"},
-               *both(ROPE, SILU, biased(), TYPED_WINDOWS))
+               *both(ROPE, SILU, biased(), FLAGGED_WINDOWS))
 NORM_TOPK = (lambda t: {"experts": t.get("num_experts") or t["num_local_experts"]}, lambda c: {"num_experts": c.experts})
 QWEN3_MOE = Layout("qwen3_moe", "Qwen3MoeForCausalLM", "model.", modern(PRE, ffn=HUB_EXPERTS),
                    MODERN | {"ffn_width": "moe_intermediate_size", "top_k": "num_experts_per_tok", "norm_topk": ("norm_topk_prob", False)},
-                   {"norm": "rms", "qk_norm": "head"}, *both(ROPE, SILU, biased(), WINDOW, NORM_TOPK),
+                   {"norm": "rms", "qk_norm": "head"}, *both(ROPE, SILU, biased(), ALL_OR_NONE, NORM_TOPK),
                    constants={"decoder_sparse_step": 1, "mlp_only_layers": []})
 OLMOE = Layout("olmoe", "OlmoeForCausalLM", "model.", modern(PRE, ffn=HUB_EXPERTS),
                MODERN | {"top_k": "num_experts_per_tok", "norm_topk": ("norm_topk_prob", False)},
@@ -297,15 +301,19 @@ OLMOE = Layout("olmoe", "OlmoeForCausalLM", "model.", modern(PRE, ffn=HUB_EXPERT
 OLMO2 = Layout("olmo2", "Olmo2ForCausalLM", "model.", modern({"post_attention_layernorm": "attention_norm", "post_feedforward_layernorm": "ffn_norm"}),
                MODERN, {"norm": "rms", "block": "branch", "qk_norm": "full"}, *both(ROPE, SILU, biased()))
 
-# Gemma's classes build a mask with a window even when no layer has one
-ALWAYS_WINDOWED = (_windowed, lambda config: _write_windows(config, flag=True) | {"sliding_window": config.window or config.context})
+def _always_windowed(every: int) -> tuple:
+    """Gemma's classes build a mask with a window even when no layer has one."""
+    return (partial(_windowed, every=every),
+            lambda config: _write_windows(config, flag=True) | {"sliding_window": config.window or config.context})
+
+
 EMBED_SCALE = (lambda t: {"embed_scale": t["hidden_size"] ** 0.5}, lambda c: {})
 SANDWICH = {"input_layernorm": "attention_norm", "post_attention_layernorm": "attention_post_norm",
             "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "ffn_post_norm"}
 gemma = partial(modern, turned=by_halves, norm=shifted, shift=1.0)
 GEMMA_SCALE = (lambda t: {"attn_scale": t["query_pre_attn_scalar"] ** -0.5}, lambda c: {
     "query_pre_attn_scalar": round((c.attn_scale or c.head_size ** -0.5) ** -2)})
-SOFTCAPS = {"attn_softcap": ("attn_logit_softcapping", None), "logit_softcap": ("final_logit_softcapping", None)}
+SOFTCAPS = {"attn_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
 GELU = activation("hidden_activation", GATED)
 
 
@@ -325,10 +333,10 @@ GEMMA = Layout("gemma", "GemmaForCausalLM", "model.", gemma(PRE), MODERN, {"norm
                *both(ROPE, (lambda t: {"mlp": "geglu"}, lambda c: {"hidden_act": named(c.mlp, GATED)}), biased(), EMBED_SCALE),
                constants={"use_bidirectional_attention": None})
 GEMMA2 = Layout("gemma2", "Gemma2ForCausalLM", "model.", gemma(SANDWICH), MODERN | SOFTCAPS, {"norm": "rms", "block": "sandwich"},
-                *both(ROPE, GELU, biased(), EMBED_SCALE, GEMMA_SCALE, ALWAYS_WINDOWED, WHOLE_HEADS), constants={"use_bidirectional_attention": None})
+                *both(ROPE, GELU, biased(), EMBED_SCALE, GEMMA_SCALE, _always_windowed(2), WHOLE_HEADS), constants={"use_bidirectional_attention": None})
 GEMMA3 = Layout("gemma3_text", "Gemma3ForCausalLM", "model.", gemma(SANDWICH), MODERN | SOFTCAPS,
                 {"norm": "rms", "block": "sandwich", "qk_norm": "head"},
-                *both((_read_gemma3_rope, _write_gemma3_rope), GELU, biased(), EMBED_SCALE, GEMMA_SCALE, ALWAYS_WINDOWED, WHOLE_HEADS),
+                *both((_read_gemma3_rope, _write_gemma3_rope), GELU, biased(), EMBED_SCALE, GEMMA_SCALE, _always_windowed(6), WHOLE_HEADS),
                 constants={"use_bidirectional_attention": False})
 GLM = Layout("glm", "GlmForCausalLM", "model.", modern(PRE, turned=same, ffn=GATE_UP), MODERN, {"norm": "rms"},
              *both(PARTIAL_ROPE, SILU, biased(True)))

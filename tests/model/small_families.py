@@ -74,3 +74,20 @@ FAMILIES = {
         **WIDE | dict(hidden_size=34), sliding_window=None)),
     "cohere, one KV head (PaLM)": lambda: hf.CohereForCausalLM(hf.CohereConfig(**WIDE | dict(num_key_value_heads=1), logit_scale=0.5)),
 }
+
+# As the classes come, but for sizes: what a config.json leaves out, it means like this.
+PLAIN = {
+    "gpt_neo": lambda: hf.GPTNeoForCausalLM(hf.GPTNeoConfig(vocab_size=67, hidden_size=36, num_layers=24, num_heads=3, **ENDS)),
+    "gptj": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**OLDER | dict(n_embd=192))),
+    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(
+        vocab_size=67, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=50, **ENDS)),
+    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(vocab_size=67, hidden_size=36, num_hidden_layers=2, num_attention_heads=6, **ENDS)),
+    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**WIDE, num_experts=9, moe_intermediate_size=20)),
+    "olmoe": lambda: hf.OlmoeForCausalLM(hf.OlmoeConfig(**MODERN | EXPERT_WIDTH, num_experts=9)),
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**WIDE | EXPERT_WIDTH)),
+} | {name: lambda model=model, config=config: getattr(hf, model)(getattr(hf, config)(**MODERN)) for name, model, config in (
+    ("llama", "LlamaForCausalLM", "LlamaConfig"), ("mistral", "MistralForCausalLM", "MistralConfig"), ("olmo2", "Olmo2ForCausalLM", "Olmo2Config"),
+    ("qwen2", "Qwen2ForCausalLM", "Qwen2Config"), ("cohere", "CohereForCausalLM", "CohereConfig"))
+} | {name: lambda model=model, config=config: getattr(hf, model)(getattr(hf, config)(**WIDE | dict(head_dim=12))) for name, model, config in (
+    ("qwen3", "Qwen3ForCausalLM", "Qwen3Config"), ("gemma", "GemmaForCausalLM", "GemmaConfig"), ("gemma2", "Gemma2ForCausalLM", "Gemma2Config"),
+    ("gemma3", "Gemma3ForCausalLM", "Gemma3TextConfig"), ("glm", "GlmForCausalLM", "GlmConfig"), ("glm4", "Glm4ForCausalLM", "Glm4Config"))}

@@ -6,7 +6,7 @@ import chatglm_reference as chatglm
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_families import FAMILIES
+from small_families import FAMILIES, PLAIN
 
 from minillm.infer.kv_cache import StaticCache
 from minillm.model.huggingface import CheckpointError, load_pretrained, save_pretrained
@@ -16,7 +16,7 @@ IDS = torch.randint(2, 67, (2, 20), generator=torch.Generator().manual_seed(1))
 
 def published(kind, folder, config=lambda about: about, tensors=lambda tensors: tensors):
     """A family's random model, saved and then rewritten to look like a hub checkpoint."""
-    model = FAMILIES[kind]().eval()
+    model = (PLAIN[kind.removesuffix(" as it comes")] if kind.endswith(" as it comes") else FAMILIES[kind])().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,7 +49,8 @@ VARIANTS = {
         lambda ts: ts),
     "mistral with head_dim null": ("mistral", lambda a: a, lambda ts: ts),
     "qwen2 with a window that is not used": ("qwen2", lambda a: without(a, "layer_types", sliding_window=4, use_sliding_window=False), lambda ts: ts),
-    "gemma2 without layer_types": ("gemma2", lambda a: without(a, "layer_types", sliding_window_pattern=2), lambda ts: ts),
+    "gemma2 without layer_types": ("gemma2", lambda a: without(a, "layer_types"), lambda ts: ts),
+    "qwen2 with max_window_layers alone": ("qwen2, some layers with a window", lambda a: without(a, "layer_types"), lambda ts: ts),
     "gemma3 with rope_local_base_freq": ("gemma3", lambda a: without(
         a, "rope_parameters", rope_theta=1000.0, rope_local_base_freq=50.0, rope_scaling={"rope_type": "linear", "factor": 8.0}), lambda ts: ts),
     "glm with partial_rotary_factor": ("glm", lambda a: without(a, "rope_parameters", rope_theta=10_000.0, partial_rotary_factor=0.5), lambda ts: ts),
@@ -65,6 +66,25 @@ def test_hub_files_load_like_saved_ones(variant, tmp_path):
     expected = theirs(IDS).logits
     # float32: the same sums in another order, so 7 digits of the largest numbers that were summed
     torch.testing.assert_close(ours(IDS), expected, rtol=1e-5, atol=1e-5 * max(1, expected.abs().max().item() / 5))
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, *(f"{name} as it comes" for name in PLAIN)])
+@torch.no_grad()
+def test_what_a_config_leaves_out_is_never_guessed_wrongly(kind, tmp_path):
+    """Each key that says what the class assumes anyway, left out: the same logits, or an error that names the key."""
+    theirs = published(kind, tmp_path)
+    about, expected = json.loads((tmp_path / "config.json").read_text()), theirs(IDS).logits
+    said = set(theirs.config.to_diff_dict()) | {"model_type", "architectures", "dtype"}
+    for key in set(about) - said:
+        (tmp_path / "config.json").write_text(json.dumps(without(about, key)))
+        try:
+            ours = load_pretrained(tmp_path)(IDS)
+        except CheckpointError as error:
+            assert f"has no '{key}'" in str(error), error
+        else:
+            # float32: the same sums in another order, so 7 digits of the largest numbers that were summed
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * max(1, expected.abs().max().item() / 5),
+                                       msg=lambda text: f"without {key} = {about[key]}: {text}")
 
 
 @pytest.fixture

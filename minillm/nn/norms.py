@@ -37,12 +37,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
             return F.rms_norm(x, x.shape[-1:], self.weight.type_as(x), self.eps)
-        # With a backward to come, this is nearly twice as fast on a CPU as F.rms_norm.
+        # On a CPU F.rms_norm is many small operations, and its backward is slow: this takes about half the time.
         wide = x if x.dtype == torch.float64 else x.float()
-        mean_square = torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1]
-        return (wide * torch.rsqrt(mean_square + self.eps) * self.weight).to(x.dtype)
+        inverse = torch.linalg.vecdot(wide, wide).mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
+        return (wide * inverse.unsqueeze(-1) * self.weight).to(x.dtype)
 
 
 def build_norm(config: ModelConfig) -> nn.Module:

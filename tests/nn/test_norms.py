@@ -35,3 +35,13 @@ def test_layer_norm_by_its_formula():
     mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
     expected = (x - mean) / (variance + 1e-3).sqrt() * norm.weight + norm.bias
     torch.testing.assert_close(norm(x), expected, rtol=1e-12, atol=1e-12)  # float64 rounding
+
+
+def test_rms_norms_statistics_stay_in_float32_under_autocast():
+    torch.manual_seed(0)
+    norm, x = RMSNorm(24, eps=1e-3), torch.randn(3, 5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = norm(x)
+        half = norm(x.bfloat16())
+    assert torch.equal(mixed, norm(x))
+    assert torch.equal(half, norm(x.bfloat16().float()).bfloat16())

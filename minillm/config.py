@@ -173,22 +173,36 @@ class TrainConfig:
     """Peak learning rate."""
     min_lr: float = 0.1
     """Final learning rate as a fraction of the peak."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """How the learning rate falls after its warm-up; wsd stays at the peak and falls only at the end (cooldown)."""
     warmup_steps: int = 30
     """Steps over which the learning rate rises from 0 to its peak."""
+    cooldown: float = 0.2
+    """wsd: the share of all steps at the end in which the learning rate falls, in a straight line."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; norms and biases have none."""
+    decay_embeddings: bool = True
+    """Whether tables of embeddings decay as other matrices do."""
     beta1: float = 0.9
     """AdamW: decay of the mean of gradients."""
     beta2: float = 0.95
     """AdamW: decay of the mean of squared gradients."""
     adam_eps: float = 1e-8
     """AdamW: added to the root of the second mean."""
-    optimizer: Literal["fused", "by_hand"] = "fused"
-    """torch's fused AdamW, or the one written out in minillm/train/optim.py: the same numbers, slower."""
+    optimizer: Literal["fused", "by_hand", "muon", "adafactor"] = "fused"
+    """torch's fused AdamW; the one written out in minillm/train/optim.py (the same numbers, slower); Muon for the blocks'
+    matrices and AdamW for the rest; or Adafactor, which keeps a row and a column where AdamW keeps two matrices."""
     clip_norm: float = 1.0
     """Largest global norm of the gradients; 0 switches clipping off."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs matrix products in bfloat16 under autocast; weights and optimizer stay in float32."""
+    z_loss: float = 0.0
+    """What ln² of the softmax's denominator adds to the loss: it keeps logits from drifting (PaLM: 1e-4)."""
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """What matrix products are computed in; weights and optimizer stay in float32. fp16 scales the loss; fp8 is emulated,
+    for its numbers and not for speed."""
+    master_weights: bool = False
+    """bf16 and fp16: the model itself is kept in 16 bits, and the optimizer keeps float32 copies of its weights."""
+    loss_scale: float | None = None
+    """fp16: a fixed loss scale; None looks for the largest that does not overflow."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes a CUDA GPU if there is one, else the CPU."""
     compile: bool = False
@@ -209,18 +223,25 @@ class TrainConfig:
         for name in ("steps", "batch_size", "eval_every", "eval_sequences", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1.")
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "min_lr", "seed"):
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "min_lr", "seed", "z_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must not be negative.")
-        for name in ("lr", "adam_eps"):
-            if getattr(self, name) <= 0:
+        for name in ("lr", "adam_eps", "cooldown", "loss_scale"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be above 0.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 0 and below 1.")
         _check_choices(self)
-        if self.min_lr > 1:
-            raise ValueError(f"min_lr = {self.min_lr}: it is a fraction of the peak rate, so at most 1.")
+        if self.min_lr > 1 or self.cooldown > 1:
+            raise ValueError(f"min_lr = {self.min_lr}, cooldown = {self.cooldown}: these are fractions of the peak rate and of "
+                             f"the steps, so at most 1.")
+        if self.master_weights and self.precision not in ("bf16", "fp16"):
+            raise ValueError(f"master_weights with precision = {self.precision!r}: only 16-bit weights need wider copies. "
+                             f"Use precision = \"bf16\" or \"fp16\".")
+        if self.loss_scale is not None and self.precision != "fp16":
+            raise ValueError(f"loss_scale = {self.loss_scale} with precision = {self.precision!r}: only fp16's gradients need "
+                             f"scaling. Leave it out, or use precision = \"fp16\".")
         micro = self.microbatch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise ValueError(f"a batch of {self.batch_size} sequences does not divide into microbatches of {micro}. "

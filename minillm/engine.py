@@ -16,9 +16,12 @@ from minillm.config import ModelConfig, ParallelConfig, TrainConfig
 from minillm.data.loader import Batch
 from minillm.model.huggingface import CheckpointError
 from minillm.model.transformer import Transformer
-from minillm.train.loss import next_token_loss
-from minillm.train.optim import build_optimizer
-from minillm.train.schedule import warmup_cosine
+from minillm.train.build import STATES, build_optimizer
+from minillm.train.loss import log_z_squared, next_token_loss
+from minillm.train.loss_scale import LossScaler
+from minillm.train.master_weights import MasterWeights
+from minillm.train.precision import DTYPES, autocast
+from minillm.train.schedule import learning_rate
 
 Loss = Callable[[Tensor, Batch], Tensor]
 
@@ -38,75 +41,119 @@ class Engine:
         self.device = choose_device(train.device)
         built = model if isinstance(model, Transformer) else Transformer(model, seed=train.seed)
         self.model = built.to(self.device)
-        self.optimizer = build_optimizer(self.model, train)
+        self.masters = MasterWeights(self.model, DTYPES[train.precision]) if train.master_weights else None
+        self.weights: dict[str, Tensor] = dict((self.masters or self.model).named_parameters())
+        self.optimizer = build_optimizer(self.weights.items(), train)
+        self.scaler = None
+        if train.precision == "fp16":
+            self.scaler = LossScaler(train.loss_scale or LossScaler.scale, dynamic=train.loss_scale is None)
         self.steps_done = 0
+        self._finite: bool | None = None  # of the gradients, once they are unscaled
         self._forward = torch.compile(self.model) if train.compile else self.model
 
     @property
     def learning_rate(self) -> float:
         """The rate that the next step will take."""
-        return warmup_cosine(self.steps_done, self.config)
+        return learning_rate(self.steps_done, self.config)
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        """Add the gradients of the mean loss of a batch. Returns that loss, a scalar on the device, in nats a target."""
+        """Add the gradients of the mean loss of a batch. Returns that loss, a scalar on the device, in nats a target.
+
+        The z-loss has its part in the gradients, but not in what is returned. With fp16 the gradients are scaled.
+        """
         self.model.train()
         size = self.config.microbatch_size or len(batch.ids)
         total, count = torch.zeros((), device=self.device), max(1, batch.count)
+        scale = self.scaler.scale if self.scaler else 1.0
         for part in batch.split(size):
-            loss = self._loss(self._forward, part) / count
-            loss.backward()
-            total += loss.detach()
+            loss, penalty = self._loss(self._forward, part)
+            ((loss + penalty) / count * scale).backward()
+            total += loss.detach() / count
         return total
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> float:
         """The summed loss of a batch, without gradients: nats over all its targets."""
         self.model.eval()
-        return float(self._loss(self.model, batch))
+        return float(self._loss(self.model, batch)[0])
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale all gradients down so that their global norm is at most `max_norm` (0: leave them). Returns the norm."""
+        """Scale all gradients down so that their global norm is at most `max_norm` (0: leave them). Returns the norm,
+        which is that of the unscaled gradients: they are unscaled first."""
+        self._unscale()
         limit = max_norm if max_norm > 0 else float("inf")
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return torch.nn.utils.clip_grad_norm_(self.weights.values(), limit)
 
-    def step(self) -> None:
-        """Update the weights at the schedule's learning rate, and forget the gradients."""
+    def step(self) -> bool:
+        """Update the weights at the schedule's learning rate, and forget the gradients.
+
+        Returns False when a loss scaler found gradients that are not finite: then the weights stay as they were.
+        """
+        self._unscale()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        self.optimizer.step()
+        updated = self._finite is not False
+        if updated:
+            self.masters.step(self.optimizer) if self.masters else self.optimizer.step()
+        if self.scaler:
+            self.scaler.update(updated)
         self.optimizer.zero_grad(set_to_none=True)
-        self.steps_done += 1
+        self.steps_done, self._finite = self.steps_done + 1, None
+        return updated
+
+    def _unscale(self) -> None:
+        """Divide the gradients by the loss scale, once a step."""
+        if self.scaler and self._finite is None:
+            self._finite = self.scaler.unscale(w.grad for w in self.weights.values() if w.grad is not None)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a run needs beside the weights: the optimizer's state by parameter name, the step, the random state."""
         tensors = {"rng": torch.get_rng_state(), "steps_done": torch.tensor(self.steps_done)}
         if self.device.type == "cuda":
             tensors["rng_cuda"] = torch.cuda.get_rng_state(self.device)
-        for name, parameter in self.model.named_parameters():
-            for slot, value in self.optimizer.state[parameter].items():
-                tensors[f"{slot}/{name}"] = value.detach().cpu().clone()
+        if self.scaler:
+            tensors |= {"loss_scale": torch.tensor(self.scaler.scale), "good_steps": torch.tensor(self.scaler.good_steps)}
+        for name, weight in self.weights.items():
+            slots = self.optimizer.state[weight] | ({"master": weight} if self.masters else {})
+            tensors |= {f"{slot}/{name}": value.detach().cpu().clone() for slot, value in slots.items()}
         return tensors
 
+    @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_dict` gave. Raises: CheckpointError when a parameter's state is missing."""
         self.steps_done = int(tensors["steps_done"])
         torch.set_rng_state(tensors["rng"])
         if self.device.type == "cuda" and "rng_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng_cuda"], self.device)
-        for name, parameter in self.model.named_parameters():
-            slots = {slot: tensors.get(f"{slot}/{name}") for slot in ("step", "exp_avg", "exp_avg_sq")}
-            if self.steps_done and any(value is None for value in slots.values()):
+        if self.scaler:
+            self.scaler.scale, self.scaler.good_steps = float(tensors["loss_scale"]), int(tensors["good_steps"])
+        saved: dict[str, dict[str, Tensor]] = {name: {} for name in self.weights}
+        for key, value in tensors.items():
+            slot, _, name = key.partition("/")
+            if name in saved:
+                saved[name][slot] = value.to(self.device)
+        if self.masters:
+            for name, weight in self.weights.items():
+                if "master" not in saved[name]:
+                    raise CheckpointError(f"the checkpoint has no master weights for {name}: it was trained without them.")
+                weight.copy_(saved[name].pop("master"))
+        # a scaler may have skipped every step so far, and then there is no state yet
+        begun = any(saved.values()) or (self.steps_done and not self.scaler)
+        for name, weight in self.weights.items():
+            if begun and set(saved[name]) not in STATES:
                 raise CheckpointError(f"the checkpoint has no optimizer state for {name}: it belongs to another model.")
-            if self.steps_done:
-                self.optimizer.state[parameter] = {slot: v.to(self.device) for slot, v in slots.items()}
+            if begun:
+                self.optimizer.state[weight] = saved[name]
 
-    def _loss(self, forward: Callable, batch: Batch) -> Tensor:
-        """The summed loss of one microbatch, under autocast when the precision is bf16."""
+    def _loss(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The summed loss of one microbatch, and the summed z-loss that is added to it in training."""
         batch = batch.to(self.device)
-        mixed = torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
+        mixed = nullcontext() if self.masters else autocast(self.config.precision, self.model, self.device.type)
         with mixed:
             logits = forward(batch.ids, positions=batch.positions, segment_ids=batch.segment_ids)
-        return self.loss(logits, batch)
+        loss = self.loss(logits, batch)
+        penalty = self.config.z_loss * log_z_squared(logits, batch.targets) if self.config.z_loss else torch.zeros_like(loss)
+        return loss, penalty
 
 
 def choose_device(name: str) -> torch.device:

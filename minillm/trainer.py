@@ -4,6 +4,7 @@ Killed at any moment, a run resumes from its last checkpoint to the same losses,
 optimizer, random state and the loader's position are saved together. Ctrl-C and SIGTERM finish the step, save and stop.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -11,13 +12,12 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-import torch
-
 from minillm.config import ParallelConfig, TrainConfig
 from minillm.data.loader import Loader, evaluation_batches
 from minillm.data.shards import TokenShards
 from minillm.engine import Engine
 from minillm.model.huggingface import CheckpointError, load_pretrained
+from minillm.model.flops import training_flops_per_token
 from minillm.progress import bar, say
 from minillm.train.checkpoint import latest_checkpoint, leave_behind, load_checkpoint, prune, save_checkpoint
 from minillm.train.loss import bits_per_byte
@@ -25,6 +25,8 @@ from minillm.train.metrics import Metrics
 
 # Fields that may differ when a run resumes: when to look and save, and how fast (compiling rounds differently).
 FREE_TO_CHANGE = ("eval_every", "eval_sequences", "checkpoint_every", "keep", "compile")
+SKIPS = 30
+"""Steps that a loss scaler may skip in a row: by then the scale has fallen from 65,536 to 1/16,384."""
 
 
 class TrainingError(RuntimeError):
@@ -35,14 +37,17 @@ class Trainer:
     """Drives an engine over a loader.
 
     at: functions to call after certain steps (0 is before the first), which return values for the metrics file.
+    peak: floating-point operations a second that the device could do; then the model's share of them (MFU) is told, too.
     """
 
     def __init__(self, engine: Engine, loader: Loader, validation: TokenShards, run: str | Path, *,
                  parallel: ParallelConfig = ParallelConfig(), tokenizer=None, tensorboard: bool = False,
-                 at: dict[int, Callable[[], dict]] | None = None):
+                 at: dict[int, Callable[[], dict]] | None = None, peak: float | None = None):
         self.engine, self.loader, self.validation, self.run = engine, loader, validation, Path(run)
         self.config: TrainConfig = engine.config
         self.parallel, self.tokenizer, self.tensorboard, self.at = parallel, tokenizer, tensorboard, at or {}
+        self.peak = peak
+        self._skipped = 0  # steps in a row, by the loss scaler
         self._stop: signal.Signals | None = None
 
     def train(self, *, resume: Path | None = None) -> bool:
@@ -73,15 +78,16 @@ class Trainer:
             self._look(metrics)
         with bar("train", total=steps, unit="step", start=self.engine.steps_done) as progress:
             while self.engine.steps_done < steps and not self._stop:
-                loss, norm, rate = self._step()
+                found = self._step()
                 done, now = self.engine.steps_done, time.perf_counter()
                 tokens = self.config.batch_size * self.loader.context
-                metrics.write(done, loss=loss, lr=rate, grad_norm=norm, tokens=done * tokens,
-                              tokens_per_second=round(tokens / (now - started)))
+                speed = self._speed(tokens / (now - started))
+                metrics.write(done, **found, tokens=done * tokens, **speed)
                 started = now
                 if done % self.config.eval_every == 0 or done == steps or done in self.at:
-                    found = self._look(metrics)
-                    progress.set_postfix_str(f"train {loss:.3f}, validation {found['val_loss']:.3f}")
+                    seen = self._look(metrics)
+                    share = f", MFU {speed['mfu']:.0%}" if "mfu" in speed else ""
+                    progress.set_postfix_str(f"train {found.get('loss', math.nan):.3f}, validation {seen['val_loss']:.3f}{share}")
                     started = time.perf_counter()
                 if done % self.config.checkpoint_every == 0 or done == steps:
                     self.save()
@@ -91,15 +97,33 @@ class Trainer:
             self.save()
         return self.engine.steps_done >= steps
 
-    def _step(self) -> tuple[float, float, float]:
-        """One optimizer step: its loss, gradient norm and learning rate. Weights stay as they were if it goes wrong."""
-        rate = self.engine.learning_rate
+    def _step(self) -> dict[str, float]:
+        """One optimizer step: its loss, learning rate and gradient norm. Weights stay as they were if it goes wrong.
+
+        With a loss scaler, a step whose gradients are not finite is skipped (its norm is then left out); many in a row are
+        an error, as one is without a scaler.
+        """
+        scaler, found = self.engine.scaler, {"lr": self.engine.learning_rate}
+        if scaler:
+            found["loss_scale"] = scaler.scale
         loss = float(self.engine.forward_backward(next(self.loader)))
         norm = float(self.engine.clip(self.config.clip_norm))
-        if not (torch.isfinite(torch.tensor([loss, norm])).all()):
-            raise TrainingError(self._explain(loss, norm, rate))
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self._skipped = 0 if finite else self._skipped + 1
+        if not finite and (scaler is None or self._skipped > SKIPS):
+            raise TrainingError(self._explain(loss, norm, found["lr"]))
         self.engine.step()
-        return loss, norm, rate
+        if not finite:
+            return found | {"skipped": True}
+        return {"loss": loss, **found, "grad_norm": norm}
+
+    def _speed(self, tokens_per_second: float) -> dict[str, float]:
+        """How fast it goes, and how much of the device that uses: model FLOPs utilisation, arXiv:2204.02311 appendix B."""
+        found = {"tokens_per_second": round(tokens_per_second)}
+        if self.peak:
+            needed = training_flops_per_token(self.engine.model.config, self.loader.context)
+            found["mfu"] = round(tokens_per_second * needed / self.peak, 4)
+        return found
 
     def _look(self, metrics: Metrics) -> dict:
         """Measure the validation loss, and do whatever is planned for this step."""
@@ -171,4 +195,4 @@ class Trainer:
         saved = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
         return (f"step {self.engine.steps_done + 1}: the loss is {loss} and the gradient norm {norm}. The weights were "
                 f"not updated. {saved} Try a lower --train.lr (it was {rate:.2g}), a longer --train.warmup-steps, or a "
-                f"smaller --train.clip-norm; with bf16, try --train.precision fp32.")
+                f"smaller --train.clip-norm; with 16 bits, try --train.precision fp32.")

@@ -11,5 +11,5 @@ import torch
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
-install_import_hook([f"minillm.{part}" for part in ("data", "nn", "model", "train", "infer", "engine", "trainer")],
+install_import_hook([f"minillm.{part}" for part in ("data", "nn", "model", "train", "parallel", "infer", "plan", "engine", "trainer")],
                     "shapes.checked")

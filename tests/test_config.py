@@ -91,7 +91,12 @@ def test_impossible_models_are_refused_with_both_numbers(changes, words):
     (dict(lr=0.0), ["lr = 0.0"]),
     (dict(beta2=1.0), ["beta2 = 1.0"]),
     (dict(min_lr=2.0), ["min_lr = 2.0"]),
-    (dict(precision="fp8"), ["'fp8'"]),
+    (dict(precision="fp4"), ["'fp4'", "fp8"]),
+    (dict(precision="fp32", master_weights=True), ["'fp32'", "master_weights", "bf16"]),
+    (dict(precision="bf16", loss_scale=8.0), ["loss_scale = 8.0", "'bf16'", "fp16"]),
+    (dict(cooldown=1.5), ["cooldown = 1.5"]),
+    (dict(z_loss=-1.0), ["z_loss = -1.0"]),
+    (dict(schedule="cosin"), ["'cosin'", "'cosine'"]),
 ])
 def test_impossible_training_is_refused(changes, words):
     with pytest.raises(ValueError) as error:

@@ -12,7 +12,7 @@ from minillm.engine import Engine, choose_device
 from minillm.model.huggingface import CheckpointError
 from minillm.model.transformer import Transformer
 from minillm.train.loss import cross_entropy
-from minillm.train.schedule import warmup_cosine
+from minillm.train.schedule import learning_rate
 from runs import PLAN, TINY
 
 
@@ -64,10 +64,10 @@ def test_the_optimizer_by_hand_trains_like_torchs():
 def test_each_step_takes_the_schedules_rate():
     engine = Engine(TINY, PLAN)
     for step in range(4):
-        assert engine.learning_rate == warmup_cosine(step, PLAN)
+        assert engine.learning_rate == learning_rate(step, PLAN)
         engine.forward_backward(batch())
         engine.step()
-        assert {group["lr"] for group in engine.optimizer.param_groups} == {warmup_cosine(step, PLAN)}
+        assert {group["lr"] for group in engine.optimizer.param_groups} == {learning_rate(step, PLAN)}
     assert engine.steps_done == 4 and all(p.grad is None for p in engine.model.parameters())
 
 

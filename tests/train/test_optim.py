@@ -4,7 +4,8 @@ import torch
 from minillm.config import TrainConfig
 from minillm.model.families import preset
 from minillm.model.transformer import Transformer
-from minillm.train.optim import build_optimizer, decay_groups
+from minillm.train.build import build_optimizer
+from minillm.train.optim import decay_groups
 
 
 @pytest.mark.parametrize("optimizer", ["by_hand", "fused"])
@@ -33,3 +34,12 @@ def test_only_matrices_decay_and_tied_weights_are_counted_once():
     assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0.0
     assert {p.ndim for p in matrices["params"]} == {2} and {p.ndim for p in vectors["params"]} == {1}
     assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+
+
+def test_tables_decay_only_when_they_should():
+    model = Transformer(preset("gpt2", vocab_size=50, layers=1, width=16, heads=2, context=8))
+    named = {id(p): n for n, p in model.named_parameters()}
+    decayed = {named[id(p)] for p in decay_groups(model, 0.1, embeddings=False)[0]["params"]}
+    assert "embed.weight" not in decayed and "positions.weight" not in decayed and "blocks.0.ffn.up.weight" in decayed
+    everything = {named[id(p)] for p in decay_groups(model, 0.1)[0]["params"]}
+    assert everything - decayed == {"embed.weight", "positions.weight"}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from minillm.data.loader import evaluation_batches
 from minillm.model.huggingface import CheckpointError, load_pretrained
+from minillm.model.flops import training_flops_per_token
 from minillm.train import checkpoint
 from minillm.train.loss import cross_entropy
 from minillm.train.metrics import read_metrics
@@ -55,6 +56,53 @@ def test_resuming_gives_the_very_same_losses(data, tmp_path):
     assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "whole")
     whole, cut = (load_file(tmp_path / name / "step-000006" / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[n], cut[n]) for n in whole)
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"optimizer": "adafactor"}, {"precision": "fp16"},
+                                     {"precision": "bf16", "master_weights": True}], ids=str)
+def test_resuming_other_optimizers_and_precisions(data, tmp_path, changes):
+    trainer(data, tmp_path / "whole", **changes).train()
+    trainer(data, tmp_path / "cut", **changes).train()
+    again = trainer(data, tmp_path / "cut", **changes)
+    assert again.train(resume=tmp_path / "cut" / "step-000004")
+    assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "whole")
+    whole, cut = (load_file(tmp_path / name / "step-000006" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[n], cut[n]) for n in whole)
+
+
+def test_the_share_of_the_devices_peak_is_told(data, tmp_path):
+    job = trainer(data, tmp_path)
+    job.peak = 1e12
+    job.train()
+    records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
+    needed = training_flops_per_token(TINY, 32)
+    for record in records:  # rounded to four digits after the point
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * needed / 1e12, abs=6e-5)
+    assert len(records) == 6 and any(r["mfu"] > 0 for r in records)
+
+
+def overflowing(job, first, last):
+    """Let the gradients of these steps be infinite."""
+    right = job.engine.loss
+    job.engine.loss = lambda logits, batch: right(logits, batch) * (
+        float("inf") if logits.requires_grad and first <= job.engine.steps_done + 1 <= last else 1.0)
+
+
+def test_fp16_skips_steps_that_overflow_and_goes_on(data, tmp_path):
+    job = trainer(data, tmp_path, precision="fp16")
+    overflowing(job, 2, 3)
+    assert job.train() is True
+    records = {r["step"]: r for r in read_metrics(tmp_path / "metrics.jsonl") if "lr" in r}
+    assert [s for s, r in records.items() if r.get("skipped")] == [2, 3]
+    assert [records[s]["loss_scale"] for s in range(1, 7)] == [65_536, 65_536, 32_768, 16_384, 16_384, 16_384]
+    assert all(("loss" in r) == ("grad_norm" in r) == (not r.get("skipped")) for r in records.values())
+
+
+def test_fp16_gives_up_when_every_step_overflows(data, tmp_path):
+    job = trainer(data, tmp_path, precision="fp16", steps=40, checkpoint_every=100)
+    overflowing(job, 3, 40)
+    with pytest.raises(TrainingError, match=r"step 33: .*precision fp32"):
+        job.train()
 
 
 def test_metrics_after_the_checkpoint_are_dropped(data, tmp_path):

@@ -40,7 +40,7 @@ def examine() -> tuple[list[str], bool]:
 
 def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int = 1024, repeats: int = 8) -> float:
     """Floating-point operations per second of a size x size matrix product: the fastest of some repeats."""
-    a = torch.randn(size, size, device=device).to(dtype)
+    a = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     best = float("inf")
     for _ in range(repeats):
         if device != "cpu":

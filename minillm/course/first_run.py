@@ -8,6 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from minillm.course.doctor import matmul_rate
 from minillm.course.report import write_report
 from minillm.data.loader import Loader
 from minillm.data.prepare import DataConfig, Prepared, open_prepared, prepare
@@ -17,6 +18,7 @@ from minillm.infer.sampling import Sampling
 from minillm.model.transformer import num_params
 from minillm.progress import say
 from minillm.train.checkpoint import checkpoints, latest_checkpoint
+from minillm.train.precision import DTYPES
 from minillm.trainer import Trainer
 
 SAMPLE_TOKENS = 120
@@ -34,7 +36,7 @@ def first_run(request) -> int:
     loader = Loader(data.train, request.train.batch_size, model.context, seed=request.train.seed)
     steps = request.train.steps
     trainer = Trainer(engine, loader, data.val, run, parallel=request.parallel, tokenizer=data.tokenizer,
-                      tensorboard=request.tensorboard)
+                      tensorboard=request.tensorboard, peak=_peak(engine))
     # Three looks at the same prompt: early, when words begin to form, and at the end.
     for step in sorted({max(1, steps // 20), max(1, steps // 4), steps}):
         trainer.at[step] = partial(_sample, engine, data, request.prompt, step)
@@ -48,6 +50,12 @@ def first_run(request) -> int:
     notes = json.loads((latest_checkpoint(run) / "trainer.json").read_text())
     _say_goodbye(run, write_report(run, data, notes, request.prompt))
     return 0
+
+
+def _peak(engine: Engine) -> float:
+    """What this device's matrix products reach in the run's format, which its share (MFU) is told of."""
+    device, precision = engine.device.type, engine.config.precision
+    return matmul_rate(DTYPES["bf16" if precision == "fp8" else precision], device, 1024 if device == "cpu" else 4096)
 
 
 def _data(request, run: Path) -> Prepared:

@@ -46,6 +46,8 @@ def summarise(records: list[dict], data: Prepared) -> dict[str, float]:
     steps = [r for r in records if "loss" in r]
     summary = {"first_loss": validation[0]["val_loss"], "final_loss": validation[-1]["val_loss"],
                "tokens": steps[-1]["tokens"], "tokens_per_second": _median([r["tokens_per_second"] for r in steps])}
+    if "mfu" in steps[-1]:
+        summary["mfu"] = _median([r["mfu"] for r in steps if "mfu" in r])
     if "val_bits_per_byte" in validation[-1]:
         summary["bits_per_byte"] = validation[-1]["val_bits_per_byte"]
     if not math.isnan(data.val.nats):
@@ -103,7 +105,8 @@ def _rows(model: ModelConfig, data: Prepared, notes: dict, summary: dict) -> lis
         ("tokenizer", f"{data.tokenizer.vocab_size:,} tokens, {data.train.bytes / data.train.tokens:.2f} bytes each"),
         ("data", f"{data.train.tokens:,} training tokens in {data.train.documents:,} documents"),
         ("trained on", f"{summary['tokens']:,} tokens ({summary['tokens'] / data.train.tokens:.2f} epochs)"),
-        ("speed", f"{summary['tokens_per_second']:,.0f} tokens/s = {summary['tokens_per_second'] * flops / 1e9:.0f} GFLOP/s"),
+        ("speed", f"{summary['tokens_per_second']:,.0f} tokens/s = {summary['tokens_per_second'] * flops / 1e9:.0f} GFLOP/s"
+                  + (f", {summary['mfu']:.0%} of what matrix products reach here (MFU)" if "mfu" in summary else "")),
         ("precision, device", f"{notes['train']['precision']}, {notes['device']}"),
     ]
 

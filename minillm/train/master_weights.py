@@ -43,7 +43,7 @@ class MasterWeights:
         if self.gradients == "half":  # one tensor at a time, so that one float32 gradient is alive
             for parameter, master in self._pairs:
                 if parameter.grad is not None:
-                    master.grad = parameter.grad.float() / scale
+                    master.grad = parameter.grad.float().div_(scale)
                     optimizer.step()
                     master.grad = None
         else:

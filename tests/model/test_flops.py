@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from minillm.config import ModelConfig
 from minillm.model.families import PRESETS, preset
-from minillm.model.flops import (Parts, backward_parts, forward_flops, forward_parts, layer_parts, matmul_weights, pairs, training_days,
-                                 training_flops, training_flops_per_token, utilisation)
+from minillm.model.flops import (Parts, backward_parts, forward_flops, forward_parts, layer_parts, matmul_weights, pairs,
+                                 training_days, training_flops, training_flops_per_token, utilisation)
 from minillm.model.transformer import Transformer
 from minillm.nn.masks import combine
 
@@ -20,7 +20,8 @@ CONFIGS = {
     "llama": ModelConfig(vocab_size=61, layers=3, width=40, heads=4, kv_heads=2, head_dim=6, ffn_width=56, context=32),
     "parallel": ModelConfig(vocab_size=61, layers=2, width=48, heads=4, kv_heads=1, context=32, block="parallel", mlp="gelu"),
     "banded": ModelConfig(vocab_size=61, layers=3, width=48, heads=4, kv_heads=2, context=32, pattern="gl", window=5),
-    "experts": ModelConfig(vocab_size=61, layers=2, width=48, heads=4, kv_heads=1, context=32, block="parallel", experts=4, top_k=3),
+    "experts": ModelConfig(vocab_size=61, layers=2, width=48, heads=4, kv_heads=1, context=32, block="parallel", experts=4,
+                           top_k=3),
 }
 every = pytest.mark.parametrize("name", CONFIGS)
 ATEN = torch.ops.aten
@@ -124,7 +125,8 @@ def test_published_active_parameters():
 
 
 # arXiv:2005.14165 table D.1: parameters, tokens, operations
-@pytest.mark.parametrize(("parameters", "flops"), [(125e6, 2.25e20), (6_660e6, 1.20e22), (12_850e6, 2.31e22), (174_600e6, 3.14e23)])
+@pytest.mark.parametrize(("parameters", "flops"), [(125e6, 2.25e20), (6_660e6, 1.20e22), (12_850e6, 2.31e22),
+                                                   (174_600e6, 3.14e23)])
 def test_gpt3s_table_of_compute(parameters, flops):
     assert training_flops(parameters, 300e9) == pytest.approx(flops, rel=0.005)
 

@@ -1,4 +1,4 @@
-"""The command line: `minillm doctor | data | tokenize | train | sample | exercises | check | grade`.
+"""The command line: `minillm doctor | data | tokenize | train | sample | plan | exercises | check | grade`.
 
 Each command is a dataclass, and tyro makes its options from the fields; the options of the model and of training are
 the fields of ModelConfig and TrainConfig. An error that the library explains is printed as one line, without a traceback.
@@ -8,7 +8,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -171,8 +171,40 @@ class Sample:
         return 0
 
 
-COMMANDS = {"doctor": Doctor, "data": Data, "tokenize": Tokenize, "train": Train, "sample": Sample, "exercises": Exercises,
-            "check": Check, "grade": Grade}
+@dataclass
+class Plan:
+    """Say what pretraining will cost before it begins: operations, days, and memory for weights and optimizer."""
+
+    model: str
+    """A preset such as llama-65b, or a number of parameters such as 70B."""
+    tokens: str | None = None
+    """Tokens to train on, such as 1.4T or 1.4e12; 20 a parameter by default."""
+    gpu: str = "a100-80g"
+    """What to train on; an unknown name lists all."""
+    gpus: int = 1
+    """How many of them."""
+    utilisation: float = 0.4
+    """The share of their peak that is reached (MFU). 0.3 to 0.5 is usual."""
+    precision: Literal["fp32", "tf32", "fp16", "bf16", "fp8"] | None = None
+    """Format of the products; bf16 by default, or what the GPU has."""
+    states: Literal["fp32", "half", "float", "both"] | None = None
+    """What is kept of a parameter: all in float32 (fp32), or 16-bit weights with gradients in 16 bits (half), 32 or both."""
+    context: int | None = None
+    """Tokens that attention looks over; the model's own by default."""
+
+    def run(self) -> int:
+        """Print the plan."""
+        from minillm.plan.devices import find_device
+        from minillm.plan.training import find_model, parse_count, plan_training, render
+        tokens = None if self.tokens is None else parse_count(self.tokens)
+        print(render(plan_training(find_model(self.model), find_device(self.gpu), gpus=self.gpus, tokens=tokens,
+                                   utilisation=self.utilisation, precision=self.precision, convention=self.states,
+                                   context=self.context), self.model))
+        return 0
+
+
+COMMANDS = {"doctor": Doctor, "data": Data, "tokenize": Tokenize, "train": Train, "sample": Sample, "plan": Plan,
+            "exercises": Exercises, "check": Check, "grade": Grade}
 
 
 def main(args: list[str] | None = None) -> None:

@@ -26,7 +26,7 @@ def quiet():
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
-@pytest.mark.parametrize("args", [["--help"], [], *[[c, "--help"] for c in ("doctor", "data", "tokenize", "train", "sample")]])
+@pytest.mark.parametrize("args", [["--help"], [], *[[c, "--help"] for c in ("doctor", "data", "tokenize", "train", "sample", "plan")]])
 def test_help(capsys, args):
     code, out, _ = call(capsys, *args)
     assert code == 0 and "minillm" in out
@@ -54,6 +54,16 @@ def test_data_and_tokens_can_be_looked_at(capsys, tmp_path):
     assert code == 0 and "tokens for 3 bytes" in out
 
 
+def test_a_plan_is_a_table(capsys):
+    code, out, _ = call(capsys, "plan", "--model", "llama-65b", "--gpus", "2048", "--gpu", "a100-80g", "--tokens", "1.4e12")
+    assert code == 0 and out.startswith("llama-65b on 2,048 x a100-80g\n") and "65,285,660,672" in out and "25.8 days" in out
+    code, shorter, _ = call(capsys, "plan", "--model", "llama-65b", "--gpus", "2048", "--tokens", "1.4T", "--utilisation", "0.495",
+                            "--precision", "fp16", "--states", "float", "--context", "2048")
+    assert code == 0 and "20.8 days" in shorter and "in fp16" in shorter and "18 bytes" in shorter
+    code, out, _ = call(capsys, "plan", "--model", "70B")
+    assert code == 0 and "1.4T   20 a parameter" in out
+
+
 def bad_cases(folder):
     """Each request that cannot be carried out, and words that its one line must have."""
     empty, binary, short = folder / "empty.txt", folder / "photo.txt", folder / "short"
@@ -73,6 +83,10 @@ def bad_cases(folder):
         "long context": (["train", "--data.source", short, *some, "--model.context", "100000"],
                          ["context of 100,000", "longer than the data"]),
         "heads": (["train", "--model.width", "100", "--model.heads", "3"], ["width 100", "3 heads"]),
+        "model to plan": (["plan", "--model", "lama-65b"], ["'lama-65b'", "Did you mean 'llama-65b'"]),
+        "gpu to plan for": (["plan", "--model", "gpt2", "--gpu", "v100"], ["'v100'", "Did you mean 'v100-32g'", "h200"]),
+        "tokens to plan for": (["plan", "--model", "gpt2", "--tokens", "many"], ["'many'", "1.4T"]),
+        "format that the gpu lacks": (["plan", "--model", "gpt2", "--gpu", "v100-32g", "--precision", "bf16"], ["bf16", "fp16"]),
         "no checkpoint": (["sample", folder / "void"], ["holds no checkpoint", "minillm train"]),
         "vocabularies": (["train", "--prepared", folder / "made", "--model.vocab-size", "290", *some[:4]],
                          ["290", "300", "--model.vocab-size 300"]),
@@ -80,7 +94,8 @@ def bad_cases(folder):
 
 
 @pytest.mark.parametrize("case", ["empty file", "not text", "no such path", "folder without text", "small vocabulary",
-                                  "long context", "heads", "no checkpoint", "vocabularies"])
+                                  "long context", "heads", "model to plan", "gpu to plan for", "tokens to plan for",
+                                  "format that the gpu lacks", "no checkpoint", "vocabularies"])
 def test_bad_input_is_one_line_that_helps(capsys, tmp_path, case):
     (tmp_path / "void").mkdir()
     args, words = bad_cases(tmp_path)[case]

@@ -116,6 +116,10 @@ PRESETS: dict[str, ModelConfig] = {
     "gemma3-1b": gemma3,
 }
 
+BY_SIZE = {"gpt1-117m": "gpt1", "gpt2-124m": "gpt2", "gpt2-1.5b": "gpt2-xl", "gpt3-175b": "gpt3", "mt-nlg-530b": "mt-nlg",
+           "bloom-176b": "bloom", "gptj-6b": "gptj", "gpt-neox-20b": "gpt-neox", "palm-540b": "palm"}
+"""Other names of presets that are known by their size as well."""
+
 SIZES = ("vocab_size", "layers", "width", "heads", "head_dim", "ffn_width", "context", "norm_eps", "rope_context")
 
 
@@ -124,8 +128,9 @@ def preset(name: str, **changes) -> ModelConfig:
 
     Raises: ValueError for an unknown name, with the nearest known one.
     """
+    name = BY_SIZE.get(name, name)
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
+        near = difflib.get_close_matches(name, [*PRESETS, *BY_SIZE], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no preset is called {name!r}.{hint} There are: {', '.join(PRESETS)}.")
     return replace(PRESETS[name], **changes)

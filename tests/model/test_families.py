@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm.config import ModelConfig
 from minillm.model import families
-from minillm.model.families import PRESETS, changes, preset
+from minillm.model.families import BY_SIZE, PRESETS, changes, preset
 from minillm.model.huggingface import layout_for
 from minillm.model.transformer import Transformer, num_params
 
@@ -67,6 +67,20 @@ def test_unknown_preset_suggests_the_nearest():
     with pytest.raises(ValueError, match="Did you mean 'llama-7b'"):
         preset("lama-7b")
     assert preset("gpt2", layers=2).layers == 2
+
+
+@pytest.mark.parametrize("name", BY_SIZE)
+def test_names_by_size_say_the_size(name):
+    assert name not in PRESETS and preset(name) == PRESETS[BY_SIZE[name]]
+    number, unit = float(name.rpartition("-")[2][:-1]), {"m": 1e6, "b": 1e9}[name[-1]]
+    # one unit of the last digit; the GPT-2 paper's table has 1,542M for what its checkpoint holds 1,558M of
+    digit = 0.1 if "." in name else 1
+    assert counted(BY_SIZE[name]) / unit == pytest.approx(number, abs=digit)
+
+
+def test_a_name_by_size_is_suggested_too():
+    with pytest.raises(ValueError, match="Did you mean 'gpt3-175b'"):
+        preset("gpt3-157b")
 
 
 def test_a_step_of_the_evolution_is_short():

@@ -5,6 +5,7 @@ an HTML box when a control moves, so that nothing is printed and nothing flicker
 """
 
 import html
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from minillm.course.plots import COLOURS
 from minillm.model.families import PRESETS, changes
 from minillm.model.flops import forward_flops
 from minillm.model.transformer import Transformer, num_params
+from minillm.nn.formats import FORMATS, bits_of
 from minillm.text.bpe import BPETokenizer
 from minillm.text.bpe_train import merge_pair
 
@@ -184,6 +186,38 @@ def family_builder(base: ModelConfig = PRESETS["gpt2"]) -> widgets.Widget:
         return render_family(base, changed | {"kv_heads": None if boxes["kv_heads"].value == base.heads else boxes["kv_heads"].value})
     return _redrawn([widgets.GridBox([*boxes.values(), biases], layout=widgets.Layout(grid_template_columns="repeat(3, 310px)"))],
                     [*boxes.values(), biases], render)
+
+
+def render_number(text: str) -> str:
+    """A number as each format stores it: sign, exponent and mantissa in three colours, its value, and how far off that is."""
+    try:
+        number = float(text)
+    except ValueError:
+        return f"<div>{html.escape(text)} is no number: try 0.1, 65520, 1e-8 or -inf.</div>"
+    rows = []
+    for form in FORMATS.values():
+        bits = bits_of(number, form)
+        boxes = "".join(f"<span style='background:{tint};color:#111;padding:1px 3px;margin-right:2px'>{part}</span>"
+                        for part, tint in zip(bits[:3], (TINTS[3], TINTS[0], TINTS[2])))
+        rows.append(f"<tr><td>{form.name}</td><td style='text-align:left;font-family:monospace;white-space:nowrap'>{boxes}</td>"
+                    f"<td>{bits.value:.10g}</td><td>{_off(number, bits.value)}</td></tr>")
+    head = "<tr><th></th><th style='text-align:left'>sign, exponent, mantissa</th><th>value</th><th>off by</th></tr>"
+    return f"<table style='font-size:90%'>{head}{''.join(rows)}</table>"
+
+
+def _off(number: float, stored: float) -> str:
+    """How far a stored number is from the one that was meant, in words or percent of it."""
+    if stored == number or math.isnan(number):
+        return "exact"
+    if math.isinf(stored) or math.isinf(number):
+        return "overflows"
+    return "underflows" if stored == 0 else f"{100 * (stored / number - 1):+.2g}%"
+
+
+def number_formats(number: str = "0.1") -> widgets.Widget:
+    """Type a number and see its bits in every format."""
+    box = widgets.Text(value=number, description="number", continuous_update=True)
+    return _redrawn([box], [box], lambda: render_number(box.value))
 
 
 def _redrawn(shown: list, controls: list, render: Callable[[], str]) -> widgets.Widget:

@@ -74,6 +74,8 @@ class Bits(NamedTuple):
 
 def bits_of(number: float, form: Format) -> Bits:
     """The nearest number of a format, and its bits as they are stored: 1.0 in bf16 is 0, 01111111, 0000000."""
+    if not form.infinite:  # torch's versions differ in what they make of numbers beyond e4m3's largest
+        number = max(-form.largest, min(form.largest, number)) if number == number else number
     stored = torch.tensor(number, dtype=torch.float64).to(form.dtype)
     size = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[form.bits // 8]
     pattern = int(stored.view(size)) % 2 ** form.bits

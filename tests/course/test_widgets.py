@@ -58,3 +58,17 @@ def test_a_family_of_ones_own_is_priced_and_named():
     assert "gpt2, in all but size" in builder.children[-1].value
     builder.children[0].children[4].value = "alibi"
     assert "gpt2, in all but size" not in builder.children[-1].value
+
+
+def test_a_number_is_drawn_in_every_format():
+    from minillm.course.widgets import number_formats, render_number
+    page = render_number("65520")
+    assert page.count("<tr>") == 6 and page.count("overflows") == 2  # fp16 and e5m2
+    for bits in ("11111111111000000000000", "10001111", ">448<", "exact"):
+        assert bits in page
+    assert render_number("1e-8").count("underflows") == 3 and "-6.2%" in render_number("0.1")
+    assert render_number("-inf").count("exact") == 4 and render_number("nan").count("exact") == 5 and "exact" in render_number("0")
+    assert "&lt;b&gt; is no number" in render_number("<b>")
+    box = number_formats()
+    box.children[0].value = "2"
+    assert box.children[-1].value == render_number("2")

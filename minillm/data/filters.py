@@ -101,12 +101,13 @@ def stop_words(text: Text) -> float:
 
 def repeated(parts: list[str]) -> float:
     """The share of lines or paragraphs that have been there before."""
-    return 1 - len(set(parts)) / len(parts) if parts else 0.0
+    return (len(parts) - len(set(parts))) / len(parts) if parts else 0.0
 
 
 def repeated_characters(parts: list[str]) -> float:
     """The share of characters in lines or paragraphs that have been there before."""
-    return 1 - sum(map(len, set(parts))) / sum(map(len, parts)) if parts else 0.0
+    size = sum(map(len, parts))
+    return (size - sum(map(len, set(parts)))) / size if parts else 0.0
 
 
 def top_ngram(text: Text, n: int) -> float:

@@ -48,8 +48,8 @@ class DataConfig:
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction = {self.val_fraction}: must be between 0 and 1.")
         if self.clean and self.source == "stories":
-            raise ValueError("clean = True with source = 'stories': their distribution is known and must stay what it is. Leave "
-                             "clean out, or choose another source, such as python-docs.")
+            raise ValueError("clean = True with source = 'stories': their distribution is known and must stay what it is. "
+                             "Leave clean out, or choose another source, such as python-docs.")
         if self.min_words is not None and not (self.clean and self.min_words >= 0):
             raise ValueError(f"min_words = {self.min_words} with clean = {self.clean}: it is a length that cleaning asks for, "
                              f"so it needs clean = True and must not be negative.")

@@ -9,8 +9,8 @@
 
 A document whose language is unknown stays, and is asked the rules of English if only English is wanted. Cheap stages
 come first; the same documents in the same order give the same result.
-Memory: up to the rules, documents pass one by one, and of each only a hash of 32 bytes and the name are kept; looking for near copies
-takes all that are left (dedup.py).
+Memory: up to the rules, documents pass one by one, and of each only a hash of 32 bytes and the name are kept; looking
+for near copies takes all that are left (dedup.py).
 """
 
 from collections import Counter
@@ -24,6 +24,7 @@ from minillm.data.language import UNKNOWN, identify
 from minillm.progress import track
 from minillm.text.clean import clean
 
+SENTENCES, LOREM_IPSUM, _ = C4
 EXAMPLES = 3
 """Documents that a stage names."""
 
@@ -32,7 +33,7 @@ EXAMPLES = 3
 class Cleaning:
     """What is taken out of a corpus."""
 
-    rules: tuple[Rule, ...] = GOPHER + REPETITION + C4[1:2]
+    rules: tuple[Rule, ...] = (*GOPHER, *REPETITION, LOREM_IPSUM)
     """Rules of quality for text."""
     languages: tuple[str, ...] = ()
     """Languages to keep; none named keeps all."""
@@ -64,7 +65,7 @@ class Cleaning:
 
 SOURCES = {
     "stories": Cleaning(GOPHER + REPETITION + C4, ("English",), dedup=False),
-    "python-docs": Cleaning(GOPHER + REPETITION + C4[:2], ("English",), code=False),
+    "python-docs": Cleaning((*GOPHER, *REPETITION, SENTENCES, LOREM_IPSUM), ("English",), code=False),
     "languages": Cleaning(GOPHER + REPETITION, min_words=20)}
 
 
@@ -124,8 +125,8 @@ class Report:
         lines += [f"{s.name:<14}{s.documents_in:>10,}{s.bytes_in:>14,}{s.documents_in - s.documents_out:>10,}"
                   f"{s.bytes_in - s.bytes_out:>14,}{s.removed:>8.1%}" for s in self.stages]
         first, last = self.stages[0], self.stages[-1]
-        lines.append(f"{'left':<14}{last.documents_out:>10,}{last.bytes_out:>14,}{first.documents_in - last.documents_out:>10,}"
-                     f"{first.bytes_in - last.bytes_out:>14,}{1 - last.bytes_out / max(1, first.bytes_in):>8.1%}")
+        lines.append(f"{'left':<14}{last.documents_out:>10,}{last.bytes_out:>14,}"
+                     f"{first.documents_in - last.documents_out:>10,}{first.bytes_in - last.bytes_out:>14,}{1 - last.bytes_out / max(1, first.bytes_in):>8.1%}")
         for stage in self.stages:
             if stage.reasons:
                 lines.append(f"{stage.name}: " + ", ".join(f"{why} {n:,}" for why, n in stage.reasons.most_common(8)))

@@ -6,7 +6,8 @@ from minillm.data.filters import C4, CODEX, GOPHER, REPETITION, Text, broken, se
 from minillm.data.stories import stories
 
 RULES = {rule.name: rule for rule in (*GOPHER, *REPETITION, *C4, *CODEX)}
-WORDS = [f"w{'abcdefghij'[i % 10]}{'klmnopqrst'[i // 10 % 10]}{'uvwxyzabcd'[i // 100]}" for i in range(1_000)]  # 4 characters each
+WORDS = [f"w{'abcdefghij'[i % 10]}{'klmnopqrst'[i // 10 % 10]}{'uvwxyzabcd'[i // 100]}" for i in range(1_000)]
+"""A thousand different words of 4 characters."""
 
 
 def again(n: int, times: int, others: int) -> str:
@@ -121,5 +122,6 @@ def test_stories_are_prose():
 
 
 def test_lines_that_c4_keeps():
-    page = 'Menu\nThis line has five words.\nThis one has none at all\nFour words are few.\nPlease switch JavaScript on, dear reader.\n"So it is said by her."'
+    page = ('Menu\nThis line has five words.\nThis one has none at all\nFour words are few.\n'
+            'Please switch JavaScript on, dear reader.\n"So it is said by her."')
     assert sentence_lines(page) == 'This line has five words.\n"So it is said by her."'

@@ -30,8 +30,8 @@ def test_the_page_itself():
     assert [(doc.name, identify(doc.text)) for doc in documents("languages")] == [(name, name) for name in languages()]
 
 
-def test_documentation_and_stories_are_english():
-    found = Counter(identify(doc.text) for doc in documents("python-docs") if len(doc.text) > 1_000)
+def test_documentation_and_stories_are_english(python_docs):
+    found = Counter(identify(doc.text) for doc in python_docs if len(doc.text) > 1_000)
     assert found.total() > 100
     # the few others are unknown: lists of names in code; measured with Python 3.11: 379 of 380
     assert found["English"] / found.total() > 0.97 and set(found) <= {"English", UNKNOWN}
@@ -39,7 +39,8 @@ def test_documentation_and_stories_are_english():
 
 
 @pytest.mark.parametrize("text", [
-    "", "12 + 34 = 46", "Hi!", "สวัสดีตอนเช้า วันนี้คุณเป็นอย่างไรบ้าง", "בוקר טוב, מה שלומך היום? הגשר הישן נבנה ביד.",
+    "", "12 + 34 = 46", "Hi!", "สวัสดีตอนเช้า วันนี้คุณเป็นอย่างไรบ้าง",
+    "בוקר טוב, מה שלומך היום? הגשר הישן נבנה ביד.",
     "Hyvää huomenta, mitä sinulle kuuluu tänään? Vanha silta joen yli rakennettiin käsin.",
     "Dzień dobry, jak się dziś masz? Stary most nad rzeką zbudowano ręcznie.",
     "xqz wvkj plrt zzxw qpvk jjkw mnbvc lkjhg", "TWFuIGlzIGRpc3Rpbmd1aXNoZWQsIG5vdCBvbmx5IGJ5IGhpcyByZWFzb24"])

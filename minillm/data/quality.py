@@ -126,7 +126,8 @@ class Report:
                   f"{s.bytes_in - s.bytes_out:>14,}{s.removed:>8.1%}" for s in self.stages]
         first, last = self.stages[0], self.stages[-1]
         lines.append(f"{'left':<14}{last.documents_out:>10,}{last.bytes_out:>14,}"
-                     f"{first.documents_in - last.documents_out:>10,}{first.bytes_in - last.bytes_out:>14,}{1 - last.bytes_out / max(1, first.bytes_in):>8.1%}")
+                     f"{first.documents_in - last.documents_out:>10,}{first.bytes_in - last.bytes_out:>14,}"
+                     f"{1 - last.bytes_out / max(1, first.bytes_in):>8.1%}")
         for stage in self.stages:
             if stage.reasons:
                 lines.append(f"{stage.name}: " + ", ".join(f"{why} {n:,}" for why, n in stage.reasons.most_common(8)))

@@ -16,6 +16,7 @@ from minillm.config import ModelConfig, ParallelConfig, TrainConfig
 from minillm.course.commands import Check, Exercises, Grade
 from minillm.data.corpora import documents
 from minillm.data.prepare import DataConfig, Prepared, prepare
+from minillm.data.quality import clean_documents, cleaning_for
 from minillm.data.stories import entropy, expected_bytes
 from minillm.model.families import PRESETS, preset
 from minillm.progress import show_progress
@@ -50,12 +51,19 @@ class Data:
     """Documents to print."""
     seed: int = 0
     """Seed of generated text."""
+    clean: bool = False
+    """Clean the text, and say what each stage removed; documents are shown and written as they are afterwards."""
+    min_words: int | None = None
+    """With --clean: the least words of a document; by default what is usual for the source."""
     out: Path | None = None
     """Write the documents to this .txt file, a blank line between them."""
 
     def run(self) -> int:
         """Print what was found."""
         found = list(documents(self.source, limit=self.size, seed=self.seed))
+        if self.clean:
+            found, report = clean_documents(found, cleaning_for(self.source, self.min_words))
+            print(report.table() + "\n")
         for document in found[:self.show]:
             print(f"--- {document.name}\n{document.text}\n")
         total = sum(len(d.text.encode("utf-8", "replace")) for d in found)

@@ -64,6 +64,15 @@ def test_a_plan_is_a_table(capsys):
     assert code == 0 and "1.4T   20 a parameter" in out
 
 
+def test_what_cleaning_removed_is_a_table(capsys, tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("The same few words of text, and that is all that there is to be read. " * (number + 1))
+    code, out, _ = call(capsys, "data", "--source", "languages", "--clean", "--show", "0")
+    assert code == 0 and "quality rules         12" in out and "languages: 12 documents" in out
+    code, _, err = call(capsys, "data", "--source", tmp_path, "--clean")
+    assert code == 2 and "cleaning left none of 3 documents: \"quality rules\" took 3" in err
+
+
 def bad_cases(folder):
     """Each request that cannot be carried out, and words that its one line must have."""
     empty, binary, short = folder / "empty.txt", folder / "photo.txt", folder / "short"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from minillm.data.corpora import Document, documents, split
 from minillm.data.dedup import remove_duplicates
+from minillm.data.quality import clean_documents, cleaning_for
 from minillm.data.shards import TokenShards, open_shards, write_shards
 from minillm.files import write_atomically
 from minillm.progress import track
@@ -33,6 +34,10 @@ class DataConfig:
     """Bytes of training text that the tokenizer learns from."""
     dedup: bool = True
     """Remove exact and near duplicates (never from the stories, whose distribution must stay what it is)."""
+    clean: bool = False
+    """Take out other languages and what breaks the rules of quality; minillm/data/quality.py says which for which source."""
+    min_words: int | None = None
+    """With clean: the least words of a document; None means what is usual for the source."""
     seed: int = 0
     """Seed of the generated text and of the split."""
 
@@ -42,6 +47,12 @@ class DataConfig:
             raise ValueError(f"size = {self.size}, tokenizer_size = {self.tokenizer_size}: both must be at least 1 byte.")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction = {self.val_fraction}: must be between 0 and 1.")
+        if self.clean and self.source == "stories":
+            raise ValueError("clean = True with source = 'stories': their distribution is known and must stay what it is. "
+                             "Leave clean out, or choose another source, such as python-docs.")
+        if self.min_words is not None and not (self.clean and self.min_words >= 0):
+            raise ValueError(f"min_words = {self.min_words} with clean = {self.clean}: it is a length that cleaning asks for, "
+                             f"so it needs clean = True and must not be negative.")
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ def prepare(folder: str | Path, config: DataConfig, vocab_size: int) -> Prepared
     if made.exists():
         _check_same_request(folder, json.loads(made.read_text())["request"], request)
         return open_prepared(folder)
-    texts, removed = _collect(config)
+    texts, notes = _collect(config)
     parts = split(texts, config.val_fraction, config.seed)
     for name, part in zip(("train", "validation"), parts, strict=True):
         if not part:
@@ -77,7 +88,7 @@ def prepare(folder: str | Path, config: DataConfig, vocab_size: int) -> Prepared
     tokenizer.save(folder)
     for name, part in zip(("train", "val"), parts, strict=True):
         write_shards(folder, name, track(part, f"tokenize {name}", unit="doc"), tokenizer)
-    write_atomically(made, json.dumps({"request": request, "duplicates_removed": removed}, indent=1))  # last: it says "done"
+    write_atomically(made, json.dumps({"request": request} | notes, indent=1))  # last: it says "done"
     return open_prepared(folder)
 
 
@@ -91,15 +102,17 @@ def open_prepared(folder: str | Path) -> Prepared:
     return Prepared(folder, tokenizer, open_shards(folder, "train", tokenizer), open_shards(folder, "val", tokenizer))
 
 
-def _collect(config: DataConfig) -> tuple[list[Document], int]:
-    """All documents, without duplicates, and how many were removed."""
+def _collect(config: DataConfig) -> tuple[list[Document], dict]:
+    """All documents that are to be used, and notes on those that are not."""
     texts = list(track(documents(config.source, limit=config.size, seed=config.seed), f"read {config.source}", unit="doc"))
     if not texts:
         raise ValueError(f"{config.source} holds no text: there is nothing to train on.")
-    if not config.dedup or config.source == "stories":
-        return texts, 0
-    kept = list(remove_duplicates(texts))
-    return kept, len(texts) - len(kept)
+    if config.clean:
+        kept, report = clean_documents(texts, cleaning_for(config.source, config.min_words, config.dedup))
+        copies = sum(s.documents_in - s.documents_out for s in report.stages if s.name.endswith("copies"))
+        return kept, {"duplicates_removed": copies, "cleaning": report.table().split("\n")}
+    kept = list(remove_duplicates(texts)) if config.dedup and config.source != "stories" else texts
+    return kept, {"duplicates_removed": len(texts) - len(kept)}
 
 
 def _up_to(size: int, texts: Iterable[Document]) -> Iterator[Document]:
@@ -114,6 +127,7 @@ def _up_to(size: int, texts: Iterable[Document]) -> Iterator[Document]:
 
 def _check_same_request(folder: Path, made_by: dict, asked: dict) -> None:
     """A folder made from other text must not be trained on by accident."""
+    made_by = asdict(DataConfig()) | made_by  # what an older folder does not name was not there, or as it is by default
     differing = [f"{k} was {made_by.get(k)!r} and is now {v!r}" for k, v in asked.items() if made_by.get(k) != v]
     if differing:
         raise ValueError(f"{folder} was made by another request: {'; '.join(differing)}. Give the same options, or "

@@ -4,8 +4,8 @@ The tokenizer never does this by itself: it gives back every byte that it was gi
 about a corpus, made once, before training. The steps run in an order in which none undoes another, so that
 cleaning twice changes nothing more.
 
-Left out: what takes a model or a list to decide (language, quality, personal data), HTML, and duplicates
-(those are minillm.data.dedup).
+Left out: HTML, personal data, and what decides about whole documents: language, quality and duplicates
+(minillm.data.quality).
 """
 
 import re

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from minillm.data.corpora import Document
-from minillm.data.dedup import found_chance, jaccard, remove_duplicates, signature, words_of
+from minillm.data.dedup import exact_hash, found_chance, jaccard, near_copies, remove_duplicates, signature, words_of
 
 
 def random_words(seed: int, count: int) -> list[str]:
@@ -99,6 +99,43 @@ def test_found_chance():
     assert found_chance(0) == 0 and found_chance(1) == 1
     assert found_chance(0.5, bands=1, rows=3) == pytest.approx(0.125)
     assert found_chance(0.5, bands=2, rows=1) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("bands, rows, published", [
+    (14, 8, {0.7: 0.56, 0.75: 0.77, 0.8: 0.92, 0.85: 0.988}),  # FineWeb, arXiv:2406.17557 §3.4
+    (450, 20, {0.75: 0.76, 0.8: 0.994})])                      # RefinedWeb, arXiv:2306.01116
+def test_the_chances_that_papers_print(bands, rows, published):
+    for similarity, chance in published.items():
+        # less than a unit of the last digit printed, which is a tenth of a percent only above 95%
+        assert found_chance(similarity, bands, rows) == pytest.approx(chance, abs=0.001 if chance > 0.95 else 0.01)
+
+
+def test_a_chain_of_near_copies_is_one_cluster_whatever_the_order():
+    words = random_words(7, 300)
+    # each link replaces the next 8 of 300 words, so neighbours share all but 8 of their n-grams, and the ends all but 40
+    links = [" ".join([*(f"x{i}" for i in range(8 * link)), *words[8 * link:]]) for link in range(6)]
+    assert all(jaccard(a, b) >= 0.9 for a, b in zip(links, links[1:], strict=False)) and jaccard(links[0], links[-1]) < 0.8
+    alone = " ".join(random_words(8, 300))
+    # one row a band finds every pair, so that only the exact comparison and the joining decide
+    options = {"bands": 64, "rows": 1, "threshold": 0.9}
+    assert near_copies([alone, *links], **options) == [0, 1, 1, 1, 1, 1, 1]
+    # the two ends come first, and only the last links join them
+    assert near_copies([links[0], links[5], alone, links[1], links[4], links[2], links[3]], **options) == [0, 0, 2, 0, 0, 0, 0]
+
+
+def test_clusters_are_those_of_comparing_all_with_all():
+    texts = [text for seed in range(25) for text in pair(150, 4 + 2 * seed, seed)]
+    similar = [(i, j) for j in range(50) for i in range(j) if jaccard(texts[i], texts[j]) >= 0.7]
+    wanted = list(range(50))
+    for i, j in similar:
+        wanted[j] = i  # pairs only: no text is like a third one
+    assert 10 < len(similar) < 25 and len({i for pair_ in similar for i in pair_}) == 2 * len(similar)
+    # at similarity 0.7, 64 bands of 4 rows miss a pair once in 40 million
+    assert near_copies(texts, bands=64, rows=4) == wanted
+
+
+def test_a_hash_of_the_words():
+    assert exact_hash("One, two!") == exact_hash("one  TWO") != exact_hash("two one")
 
 
 def test_a_signature_does_not_depend_on_how_it_is_computed():

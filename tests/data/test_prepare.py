@@ -1,5 +1,7 @@
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -73,13 +75,38 @@ def test_duplicates_are_removed_from_text_and_counted(tmp_path):
     assert json.loads((tmp_path / "data" / "data.json").read_text())["duplicates_removed"] == 7
 
 
+def test_cleaning_is_part_of_the_request_and_noted(tmp_path):
+    good = [story.text for story in stories(20, 1)]
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*good, good[0], "too short", "buy now " * 99]))
+    config = DataConfig(source=str(source), val_fraction=0.3, clean=True)
+    made = prepare(tmp_path / "data", config, 300)
+    assert made.train.documents + made.val.documents == 20
+    notes = json.loads((tmp_path / "data" / "data.json").read_text())
+    assert notes["duplicates_removed"] == 1 and any(line.startswith("quality rules: ") for line in notes["cleaning"])
+    with pytest.raises(ValueError, match="clean was True and is now False"):
+        prepare(tmp_path / "data", replace(config, clean=False), 300)
+    with pytest.raises(ValueError, match="min_words was None and is now 60"):
+        prepare(tmp_path / "data", replace(config, min_words=60), 300)
+
+
+def test_a_folder_made_before_there_was_cleaning_still_opens(prepared, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(prepared.folder, folder)
+    notes = json.loads((folder / "data.json").read_text())
+    del notes["request"]["clean"], notes["request"]["min_words"]
+    (folder / "data.json").write_text(json.dumps(notes))
+    assert prepare(folder, CONFIG, 320).train.documents == prepared.train.documents
+
+
 def test_one_document_cannot_be_split(tmp_path):
     (tmp_path / "one.txt").write_text("a single document")
     with pytest.raises(ValueError, match="1 documents leave none for (train|validation)"):
         prepare(tmp_path / "data", DataConfig(source=str(tmp_path / "one.txt")), 300)
 
 
-@pytest.mark.parametrize("wrong", [{"size": 0}, {"tokenizer_size": 0}, {"val_fraction": 0.0}, {"val_fraction": 1.0}])
+@pytest.mark.parametrize("wrong", [{"size": 0}, {"tokenizer_size": 0}, {"val_fraction": 0.0}, {"val_fraction": 1.0},
+                                   {"clean": True}, {"min_words": 5}, {"min_words": -1, "clean": True, "source": "languages"}])
 def test_a_wrong_request_is_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} = "):
         DataConfig(**wrong)

@@ -63,7 +63,7 @@ ROUND = Exercise(
     variants={"truncate": Variant("numbers are rounded towards 0, as the first TPUs' tools did.", bits_with(0))})
 
 
-# scaled_step
+# fp16_step
 
 def drive_scaled(answer, steps, weights, targets, lr, scale, interval, max_norm):
     """A linear layer whose product runs in fp16, trained with the student's step. After each: the state and the weights."""
@@ -80,7 +80,7 @@ def drive_scaled(answer, steps, weights, targets, lr, scale, interval, max_norm)
     return found
 
 
-def scaled_step(loss, weights, optimizer, state, interval, max_norm):
+def fp16_step(loss, weights, optimizer, state, interval, max_norm):
     (loss * state["scale"]).backward()
     for w in weights:
         w.grad /= state["scale"]
@@ -98,7 +98,7 @@ def scaled_step(loss, weights, optimizer, state, interval, max_norm):
 
 
 def altered_step(clip_first=False, unscaled=True, grows=True, skips=True, resets=True, clears=True, after=0, shrinks=True, clips=True, up=2.0):
-    """scaled_step with one thing wrong."""
+    """fp16_step with one thing wrong."""
     def wrong(loss, weights, optimizer, state, interval, max_norm):
         (loss * state["scale"]).backward()
         if clip_first:
@@ -136,7 +136,7 @@ def scaled_inputs(draw: Draw, overflow: bool) -> tuple:
 
 
 SCALED = Exercise(
-    name="scaled_step", reference=scaled_step, driver=drive_scaled, minutes=25, difficulty=2, **COMMON, rtol=1e-4, atol=1e-6,
+    name="fp16_step", reference=fp16_step, driver=drive_scaled, minutes=25, difficulty=2, **COMMON, rtol=1e-4, atol=1e-6,
     why="float32: a gradient may be divided, or multiplied by the inverse",
     tests=(Test("gradients that fit", lambda draw: scaled_inputs(draw, False), points=3), Test("gradients that overflow", lambda draw: scaled_inputs(draw, True), points=3)),
     hints=("The order: scale the loss, backward, unscale, look whether all is finite, clip, step, move the scale, clear the gradients.",

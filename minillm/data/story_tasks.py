@@ -3,7 +3,7 @@
 Most contexts are the beginning of a story nobody has seen, cut where the grammar has to write something that is already
 settled: then one choice is possible and the others are not, and a perfect model of the stories is always right. The
 grammar itself can be asked, exactly (`best_accuracy`). Choices are of one kind and in random order. Where the text has
-tempting wrong answers (the friend's name, another colour, other numbers), they come first among the wrong choices.
+tempting wrong answers (the friend's name, another colour), they come first among the wrong choices.
 """
 
 import math
@@ -64,6 +64,12 @@ def _choose(context: str, right: str, wrong: Sequence[str], draw: Draw, end: str
     chosen = (shuffled(tempting, draw) + shuffled(rest, draw))[:CHOICES - 1]
     choices = tuple(f" {word}{end}" for word in shuffled([right, *chosen], draw))
     return Item(context, choices, choices.index(f" {right}{end}"))
+
+
+def _count(context: str, right: int, draw: Draw) -> Item:
+    """Four neighbouring numbers, the right one anywhere among them, so that neither size nor place gives it away."""
+    lowest = right - int(draw() * min(CHOICES, right + 1))
+    return _choose(context, NUMBERS[right], [NUMBERS[n] for n in range(lowest, lowest + CHOICES) if n != right], draw, ",")
 
 
 def _words(rule: str, field: str = "") -> list[str]:
@@ -128,7 +134,7 @@ def _goods(story: Story, draw: Draw) -> Item | None:
 def _difference(story: Story, draw: Draw) -> Item | None:
     """What is left when some of the goods are given away: a number that the text has not told."""
     found = re.search(r" take away \w+ is( (\w+),)", story.text)
-    return found and _choose(story.text[:found.start(1)], found[2], [n for n in NUMBERS[1:13] if n != found[2]], draw, ",")
+    return found and _count(story.text[:found.start(1)], NUMBERS.index(found[2]), draw)
 
 
 def _pastime(story: Story, draw: Draw) -> Item:
@@ -142,8 +148,7 @@ def _bare_difference(seed: int) -> Iterator[Item]:
     """The stories' sums without a story around them: every a - b with 2 <= b < a <= 12, each once."""
     draw = random.Random(f"bare difference {seed}").random
     for a, b in shuffled([(a, b) for a in range(3, 13) for b in range(2, a)], draw):
-        context = f'"{NUMBERS[a].capitalize()} take away {NUMBERS[b]} is'
-        yield _choose(context, NUMBERS[a - b], [n for n in NUMBERS[1:13] if n != NUMBERS[a - b]], draw, ",")
+        yield _count(f'"{NUMBERS[a].capitalize()} take away {NUMBERS[b]} is', a - b, draw)
 
 
 def _written(seed: int) -> Iterator[Item]:

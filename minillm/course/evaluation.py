@@ -8,7 +8,7 @@ from minillm.data.corpora import Document, documents, split
 from minillm.data.prepare import DataConfig
 from minillm.data.story_tasks import SEED, best_accuracy, story_task
 from minillm.data.tasks import Item, chance, read_items, with_examples
-from minillm.infer.evaluate import NORMALISATIONS, Accuracy, accuracy, choice_log_likelihoods, exact_match, held_out
+from minillm.infer.evaluate import NORMALISATIONS, Accuracy, choice_accuracy, choice_log_likelihoods, exact_match, held_out
 from minillm.model.transformer import Transformer
 from minillm.train.loss import bits_per_byte
 
@@ -80,9 +80,10 @@ def _answers(model: Transformer, tokenizer, items: list[Item]) -> dict:
     parts = {}
     for domain in sorted({item.domain for item in items} - {""}):
         inside = [place for place, item in enumerate(items) if item.domain == domain]
-        parts[domain] = _told(accuracy([items[i] for i in inside], [found[i] for i in inside]))
-    return {**_told(accuracy(items, found)), "by": {name: accuracy(items, found, name).value for name in NORMALISATIONS[1:]},
-            "domains": parts, "cut": sum(one.cut > 0 for one in found) / len(found)}
+        parts[domain] = _told(choice_accuracy([items[i] for i in inside], [found[i] for i in inside]))
+    others = {name: choice_accuracy(items, found, name).value for name in NORMALISATIONS[1:]}
+    return {**_told(choice_accuracy(items, found)), "by": others, "domains": parts,
+            "cut": sum(one.cut > 0 for one in found) / len(found)}
 
 
 def _told(found: Accuracy) -> dict:
@@ -96,7 +97,7 @@ def loss_table(rows: Sequence[dict]) -> list[str]:
              f"{'bits/byte':>11}{'best possible':>15}"]
     for row in rows:
         best = "" if row["best_bits_per_byte"] is None else f"{row['best_bits_per_byte']:.3f}"
-        lines.append(f"{row['domain'][-19:]:<20}{row['documents']:>10,}{row['tokens']:>10,}{row['nats_per_token']:>12.3f}"
+        lines.append(f"{_short(row['domain']):<20}{row['documents']:>10,}{row['tokens']:>10,}{row['nats_per_token']:>12.3f}"
                      f"{row['perplexity']:>12,.1f}{row['nats_per_byte']:>11.3f}{row['bits_per_byte']:>11.3f}{best:>15}")
     return lines
 
@@ -109,10 +110,15 @@ def task_table(rows: Sequence[dict]) -> list[str]:
         low, high = row["interval"]
         shown = [_percent(row[key]) for key in ("chance", "best", "accuracy")]
         others = [_percent(row["by"].get(name)) for name in NORMALISATIONS[1:]]
-        lines.append(f"{row['task'][-19:]:<20}{row['items']:>6}{row['shots']:>7}{shown[0]:>8}{shown[1]:>7}{shown[2]:>8}"
+        lines.append(f"{_short(row['task']):<20}{row['items']:>6}{row['shots']:>7}{shown[0]:>8}{shown[1]:>7}{shown[2]:>8}"
                      f"{f'{100 * low:.1f} to {100 * high:.1f}':>16}{others[0]:>11}{others[1]:>10}{others[2]:>16}"
                      f"{_percent(row['cut']):>6}")
     return lines
+
+
+def _short(name: str) -> str:
+    """A name, or the last part of a path, in a column of 20."""
+    return name.rstrip("/").rpartition("/")[2][-19:]
 
 
 def _percent(share: float | None) -> str:

@@ -17,7 +17,7 @@ import torch
 from minillm.data.corpora import Document
 from minillm.data.tasks import Item
 from minillm.infer.generate import stream
-from minillm.infer.likelihood import Score, choice_rows, score, size_of, windows
+from minillm.infer.likelihood import Score, choice_rows, score_rows, size_of, windows
 from minillm.infer.sampling import Sampling
 from minillm.model.transformer import Transformer
 from minillm.progress import track
@@ -130,7 +130,7 @@ def choice_log_likelihoods(model: Transformer, tokenizer, items: Sequence[Item],
             more, cut = choice_rows(tokenizer, context, item.choices, window)
             rows += more
             cuts.append(cut)
-    scores, found, at = score(model, rows, batch_size), [], 0
+    scores, found, at = score_rows(model, rows, batch_size), [], 0
     for number, item in enumerate(items):
         n = len(item.choices)
         sizes = tuple(size_of(choice) for choice in item.choices)
@@ -139,7 +139,7 @@ def choice_log_likelihoods(model: Transformer, tokenizer, items: Sequence[Item],
     return found
 
 
-def accuracy(items: Sequence[Item], likelihoods: Sequence[Likelihoods], normalisation: str = "sum") -> Accuracy:
+def choice_accuracy(items: Sequence[Item], likelihoods: Sequence[Likelihoods], normalisation: str = "sum") -> Accuracy:
     """How often the likeliest choice is the right one; of equals, the first counts as chosen."""
     picked = [values.index(max(values)) for values in (found.by(normalisation) for found in likelihoods)]
     return Accuracy(sum(pick == item.answer for pick, item in zip(picked, items, strict=True)), len(items))
@@ -184,7 +184,7 @@ def held_out(model: Transformer, tokenizer, documents: Iterable[Document], *, wi
         best = None if best is None or document.nats is None else best + document.nats
     if not size:
         raise ValueError("there is no text to measure the loss on.")
-    scores = score(model, rows, batch_size)
+    scores = score_rows(model, rows, batch_size)
     return HeldOut(count, sum(s.tokens for s in scores), size, -sum(s.log_likelihood for s in scores), best)
 
 

@@ -1,7 +1,7 @@
 """How likely a model finds a given continuation: the one measurement that every evaluation here is made of.
 
 A row is (ids, n): the last n ids are scored, given all before them. `choice_rows` makes the rows of one question, `windows`
-those of a text of any length; `score` runs the model. Every text begins behind <|endoftext|>, as in training.
+those of a text of any length; `score_rows` runs the model. Every text begins behind <|endoftext|>, as in training.
 
 Context and choice are tokenised together. Where lm-evaluation-harness counts the tokens of the context alone and cuts
 there, here the scored part begins at the first token that differs between the choices or reaches into them: a token
@@ -30,7 +30,7 @@ class Score(NamedTuple):
 
 
 @torch.inference_mode()
-def score(model: Transformer, rows: Sequence[Row], batch_size: int) -> list[Score]:
+def score_rows(model: Transformer, rows: Sequence[Row], batch_size: int) -> list[Score]:
     """For each (ids, n): how likely the last n ids are after those before them.
 
     Rows of like length go together, padded on the right, where a causal model does not look.

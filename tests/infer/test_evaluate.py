@@ -10,9 +10,9 @@ from minillm.data.stories import stories
 from minillm.data.story_tasks import story_task
 from minillm.data.tasks import Item, with_examples
 from minillm.infer import evaluate
-from minillm.infer.evaluate import Accuracy, Likelihoods, accuracy, choice_log_likelihoods, exact_match, held_out
+from minillm.infer.evaluate import Accuracy, Likelihoods, choice_accuracy, choice_log_likelihoods, exact_match, held_out
 from minillm.infer.generate import generate
-from minillm.infer.likelihood import Score, choice_rows, score, windows
+from minillm.infer.likelihood import Score, choice_rows, score_rows, windows
 from minillm.infer.sampling import Sampling
 from minillm.model.families import preset
 from minillm.model.huggingface import load_pretrained
@@ -67,7 +67,7 @@ def test_greedy_is_what_greedy_decoding_writes(both):
     prompt = [TOKENIZER.end_of_text, *TOKENIZER.encode("Once upon a")]
     written = generate(model, torch.tensor([prompt]), 5, sampling=Sampling(temperature=0))[0].tolist()
     other = written[:-1] + [written[-1] ^ 1]
-    found = score(model, [(written, 5), (other, 5)], 2)
+    found = score_rows(model, [(written, 5), (other, 5)], 2)
     assert [one.greedy for one in found] == [True, False] == [one_by_one(hf, ids, 5)[1] for ids in (written, other)]
 
 
@@ -75,9 +75,9 @@ def test_a_batch_changes_nothing(both):
     _, model = both
     texts = [[TOKENIZER.end_of_text, *TOKENIZER.encode(story.text)] for story in stories(6, seed=5)]
     rows = [(ids[:length], length // 2) for ids, length in zip(texts, (9, 60, 3, 31, 90, 2), strict=True)]
-    alone = [score(model, [row], 1)[0] for row in rows]
+    alone = [score_rows(model, [row], 1)[0] for row in rows]
     for size in (2, 4, 6):
-        for one, other in zip(score(model, rows, size), alone, strict=True):
+        for one, other in zip(score_rows(model, rows, size), alone, strict=True):
             # float64: only the order of summation in a larger product differs
             assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-12)
             assert one[1:] == other[1:]
@@ -102,7 +102,7 @@ def test_a_token_across_the_boundary_is_scored_for_every_choice(both, context, c
     assert len(begun) == 1  # all answer for the same text
     assert (context.encode()).startswith(TOKENIZER.decode_bytes(begun.pop()[1:]))
     scores = choice_log_likelihoods(model, TOKENIZER, [Item(context, choices, 0)])[0].scores
-    whole = [score(model, [(ids, len(ids) - 1)], 1)[0].log_likelihood for ids, _ in rows]
+    whole = [score_rows(model, [(ids, len(ids) - 1)], 1)[0].log_likelihood for ids, _ in rows]
     for one, full in zip(scores, whole, strict=True):  # so differences are those of the whole texts
         assert one.log_likelihood - scores[0].log_likelihood == pytest.approx(full - whole[0], abs=1e-9)
 
@@ -116,7 +116,7 @@ def test_a_long_prompt_loses_its_beginning_and_no_choice(both):
     for (ids, count), all_ids, choice in zip(rows, whole, item.choices, strict=True):
         assert ids == all_ids[cut - 1:] and TOKENIZER.decode(ids[-count:]) == choice
     found = choice_log_likelihoods(model, TOKENIZER, [item], window=50)[0]
-    assert found.cut == cut and found.scores[1] == score(model, rows, 2)[1]
+    assert found.cut == cut and found.scores[1] == score_rows(model, rows, 2)[1]
 
 
 def test_normalisations_by_hand():
@@ -126,7 +126,7 @@ def test_normalisations_by_hand():
     assert found.by("byte") == [-1, -0.75]
     assert found.by("unconditional") == [-1, -0.5]
     item = Item("", ("long", "and long"), 1)
-    assert [accuracy([item], [found], name).right for name in evaluate.NORMALISATIONS] == [0, 1, 1, 1]
+    assert [choice_accuracy([item], [found], name).right for name in evaluate.NORMALISATIONS] == [0, 1, 1, 1]
     with pytest.raises(ValueError, match="'mean': expected one of sum, token"):
         found.by("mean")
 
@@ -196,7 +196,7 @@ def test_what_the_course_model_can_and_cannot_do(course):
     shares = {}
     for name in ("order", "pronoun", "place", "colour"):
         items = story_task(name, 60)
-        shares[name] = accuracy(items, choice_log_likelihoods(*course, items)).value
+        shares[name] = choice_accuracy(items, choice_log_likelihoods(*course, items)).value
     # measured on 200 items: 100%, 97%, 100% and 33%; 4 standard errors of 60 answers at 90% are 15%, at 33% 24%
     assert min(shares["order"], shares["pronoun"], shares["place"]) > 0.8 and shares["colour"] < 0.6
 

@@ -211,7 +211,8 @@ class Evaluate:
         if scores:
             print("\n".join(evaluation.task_table(scores)))
         if self.out:
-            write_atomically(self.out, json.dumps({"model": str(folder), "seed": self.seed, "loss": losses, "tasks": scores}, indent=1))
+            found = {"model": str(folder), "seed": self.seed, "loss": losses, "tasks": scores}
+            write_atomically(self.out, json.dumps(found, indent=1))
         return 0
 
 

@@ -196,7 +196,8 @@ def test_only_what_was_asked_for_is_evaluated(capsys, run, tmp_path):
 
 @pytest.mark.parametrize(["words", "said"], [
     (["--task", "places"], "'places' is no task"), (["--task", "nothing.jsonl"], "nothing.jsonl"), (["--items", "0"], "items = 0"),
-    (["--task", "place", "--items", "2", "--shots", "4"], "4 examples need"), (["--domains", "nowhere"], "'nowhere' is no file")])
+    (["--task", "place", "--items", "2", "--shots", "4"], "4 examples need"), (["--domains", "nowhere"], "'nowhere' is no file"),
+    (["--task", "order", "--items", "2"], "task order, 0 shots: the choice 'Everyone")])
 def test_what_cannot_be_evaluated_is_one_line(capsys, run, words, said):
     words = [*words, "--domains"] if "--domains" not in words else words
     code, _, err = call(capsys, "evaluate", run, *words)

@@ -58,7 +58,7 @@ def domain_losses(model: Transformer, tokenizer, domains: Sequence[str], size: i
 def task_scores(model: Transformer, tokenizer, tasks: Sequence[str], shots: Sequence[int], count: int,
                 seed: int = SEED) -> list[dict]:
     """A row for each task and number of examples. A task is a name of story_tasks.TASKS or a .jsonl file, of which the
-    first `count` items are asked. Raises: ValueError for a count below 1."""
+    first `count` items are asked. Raises: ValueError for a count below 1, or items that this model cannot be asked."""
     if count < 1:
         raise ValueError(f"items = {count}: ask at least one question of each task.")
     rows = []
@@ -67,8 +67,11 @@ def task_scores(model: Transformer, tokenizer, tasks: Sequence[str], shots: Sequ
         best = best_accuracy(items)
         for number in shots:
             asked = with_examples(items, number, seed)
-            rows.append({"task": task, "items": len(items), "shots": number, "chance": chance(items), "best": best,
-                         **_answers(model, tokenizer, asked)})
+            try:
+                found = _answers(model, tokenizer, asked)
+            except ValueError as error:
+                raise ValueError(f"task {task}, {number} shots: {error}") from None
+            rows.append({"task": task, "items": len(items), "shots": number, "chance": chance(items), "best": best, **found})
     return rows
 
 

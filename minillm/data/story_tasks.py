@@ -137,7 +137,7 @@ def _goods(story: Story, draw: Draw) -> Item | None:
 
 
 def _difference(story: Story, draw: Draw) -> Item | None:
-    """What is left when some of the goods are given away: a number that the text has not told."""
+    """What is left when some of the goods are given away: to be calculated, not copied."""
     found = re.search(r" take away \w+ is( (\w+)),", story.text)
     return found and _count(story.text[:found.start(1)], NUMBERS.index(found[2]), draw)
 

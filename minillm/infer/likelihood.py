@@ -33,22 +33,23 @@ class Score(NamedTuple):
 def score_rows(model: Transformer, rows: Sequence[Row], batch_size: int) -> list[Score]:
     """For each (ids, n): how likely the last n ids are after those before them.
 
-    Rows of like length go together, padded on the right, where a causal model does not look.
+    Texts of like length go together, padded on the right, where a causal model does not look. Rows that differ only in
+    their last id, as choices of one token do, are one text: the last id is never read, only looked up.
     """
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
-    device, scores = model.embed.weight.device, [None] * len(rows)
-    for at in track(range(0, len(rows), batch_size), "score", unit="batch"):
+    texts: dict[tuple[int, ...], list[int]] = {}
+    for number, (ids, _) in enumerate(rows):
+        texts.setdefault(tuple(ids[:-1]), []).append(number)
+    order, device, scores = sorted(texts, key=len), model.embed.weight.device, [None] * len(rows)
+    for at in track(range(0, len(order), batch_size), "score", unit="batch"):
         batch = order[at:at + batch_size]
-        longest = len(rows[batch[-1]][0])
-        ids = torch.tensor([rows[row][0] + [0] * (longest - len(rows[row][0])) for row in batch], device=device)
-        logits = model(ids[:, :-1])
-        for place, row in enumerate(batch):
-            end = len(rows[row][0])
-            begin = end - rows[row][1]
-            wide = logits[place, begin - 1:end - 1].to(torch.promote_types(logits.dtype, torch.float32))
-            targets = ids[place, begin:end]
-            chosen = wide.log_softmax(-1).gather(-1, targets[:, None])
-            scores[row] = Score(float(chosen.sum()), end - begin, bool((wide.argmax(-1) == targets).all()))
+        logits = model(torch.tensor([[*text, *[0] * (len(batch[-1]) - len(text))] for text in batch], device=device))
+        for text, row_logits in zip(batch, logits):
+            for number in texts[text]:
+                ids, n = rows[number]
+                wide = row_logits[len(text) - n:len(text)].to(torch.promote_types(logits.dtype, torch.float32))
+                targets = torch.tensor(ids[-n:], device=device)
+                chosen = wide.log_softmax(-1).gather(-1, targets[:, None])
+                scores[number] = Score(float(chosen.sum()), n, bool((wide.argmax(-1) == targets).all()))
     return scores
 
 
@@ -78,8 +79,8 @@ def choice_rows(tokenizer, context: str, choices: Sequence[str], window: int) ->
         if len(ids) == shared:
             raise ValueError(f"the choice {choice!r} has no token of its own behind {context[-40:]!r}: it cannot be scored.")
         if len(ids) - shared > window:
-            raise ValueError(f"the choice {choice[:40]!r} has {len(ids) - shared} tokens, and the model reads {window} at a time. "
-                             f"Shorten the choice, or use a model with a longer context.")
+            raise ValueError(f"the choice {choice[:40]!r} has {len(ids) - shared} tokens, and the model reads {window} at "
+                             f"a time. Shorten the choice, or use a model with a longer context.")
     cut = max(0, 1 + max(map(len, joint)) - (window + 1))
     return [([tokenizer.end_of_text, *ids][cut:], len(ids) - shared) for ids in joint], cut
 

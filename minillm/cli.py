@@ -1,9 +1,10 @@
-"""The command line: `minillm doctor | data | tokenize | train | sample | plan | exercises | check | grade`.
+"""The command line: `minillm doctor | data | tokenize | train | sample | evaluate | plan | exercises | check | grade`.
 
 Each command is a dataclass, and tyro makes its options from the fields; the options of the model and of training are
 the fields of ModelConfig and TrainConfig. An error that the library explains is printed as one line, without a traceback.
 """
 
+import json
 import math
 import sys
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from minillm.data.corpora import documents
 from minillm.data.prepare import DataConfig, Prepared, prepare
 from minillm.data.quality import clean_documents, cleaning_for
 from minillm.data.stories import entropy, expected_bytes
+from minillm.data.story_tasks import SEED, TASKS
+from minillm.files import write_atomically
 from minillm.model.families import PRESETS, preset
 from minillm.progress import show_progress
 from minillm.text.bpe import BPETokenizer
@@ -211,7 +214,49 @@ class Plan:
         return 0
 
 
-COMMANDS = {"doctor": Doctor, "data": Data, "tokenize": Tokenize, "train": Train, "sample": Sample, "plan": Plan,
+@dataclass
+class Evaluate:
+    """Measure a trained model: held-out loss by domain, accuracy by task, with and without examples in the prompt."""
+
+    run_or_folder: Annotated[Path, tyro.conf.Positional] = Path("runs/first")
+    """A run, one of its checkpoints, or any Hugging Face folder with a byte-level tokenizer.json."""
+    task: tuple[str, ...] = tuple(TASKS)
+    """Tasks by name, or files of items: one JSON object a line, with context, choices and answer, or context and target."""
+    shots: tuple[int, ...] = (0, 4)
+    """How many solved items stand in front of a question."""
+    domains: tuple[str, ...] = ("stories", "python-docs", "python-source", "languages")
+    """Sources of text, as for `minillm data`; none with --domains alone."""
+    items: int = 200
+    """Questions of each task at most."""
+    size: int = 50_000
+    """Bytes of each domain, about."""
+    seed: int = SEED
+    """Of the tasks and of the choice of examples."""
+    out: Path | None = None
+    """Write all of it to this JSON file, too."""
+
+    def run(self) -> int:
+        """Print two tables."""
+        from minillm.course import evaluation
+        from minillm.model.huggingface import load_pretrained
+        folder = find_checkpoint(self.run_or_folder)
+        model, tokenizer = load_pretrained(folder).eval(), _tokenizer_of(folder)
+        seen = evaluation.trained_on(folder)
+        if seen is None:
+            print(f"Nothing beside {folder} says what it was trained on: a domain other than stories may not be new to it.\n")
+        losses = evaluation.domain_losses(model, tokenizer, self.domains, self.size, seen)
+        if losses:
+            print("\n".join(evaluation.loss_table(losses)) + "\n", flush=True)
+        scores = evaluation.task_scores(model, tokenizer, self.task, self.shots, self.items, self.seed)
+        if scores:
+            print("\n".join(evaluation.task_table(scores)))
+        if self.out:
+            found = {"model": str(folder), "seed": self.seed, "loss": losses, "tasks": scores}
+            write_atomically(self.out, json.dumps(found, indent=1))
+        return 0
+
+
+COMMANDS = {"doctor": Doctor, "data": Data, "tokenize": Tokenize, "train": Train, "sample": Sample, "evaluate": Evaluate, "plan": Plan,
             "exercises": Exercises, "check": Check, "grade": Grade}
 
 

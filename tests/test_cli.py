@@ -1,6 +1,7 @@
 """The command line, in this process: what it says when it is asked for help, or for what cannot be."""
 
 import errno
+import json
 
 import pytest
 
@@ -26,7 +27,7 @@ def quiet():
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
-@pytest.mark.parametrize("args", [["--help"], [], *[[c, "--help"] for c in ("doctor", "data", "tokenize", "train", "sample", "plan")]])
+@pytest.mark.parametrize("args", [["--help"], [], *[[c, "--help"] for c in ("doctor", "data", "tokenize", "train", "sample", "evaluate", "plan")]])
 def test_help(capsys, args):
     code, out, _ = call(capsys, *args)
     assert code == 0 and "minillm" in out
@@ -185,6 +186,46 @@ def test_ids_outside_the_vocabulary_are_named(capsys, run):
     (run / "step-000002" / "tokenizer.json").write_bytes((run / "more" / "tokenizer.json").read_bytes())
     code, _, err = call(capsys, "sample", run / "step-000002", "--prompt", "Once upon a time there was a little")
     assert code == 2 and "outside the vocabulary of 300" in err and "another model's tokenizer" in err
+
+
+def test_a_run_is_evaluated(capsys, run, tmp_path):
+    task = tmp_path / "mine.jsonl"
+    task.write_text("".join(json.dumps({"context": f"{n} and", "choices": [" a", " b", " c"], "answer": n % 3, "domain": "xy"[n % 2]}) + "\n"
+                            for n in range(8)))
+    code, out, err = call(capsys, "evaluate", run, "--task", task, "place", "written difference", "--shots", "0", "2", "--items", "6",
+                          "--domains", "stories", "languages", "--size", "3000", "--out", tmp_path / "r.json")
+    assert code == 0, err
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [row["domain"] for row in found["loss"]] == ["stories", "languages"]
+    stories, languages = found["loss"]
+    assert stories["bytes"] >= 3000 and 0.1 < stories["best_bits_per_byte"] < stories["bits_per_byte"]
+    assert languages["best_bits_per_byte"] is None
+    assert [(row["shots"], row["items"], row["chance"]) for row in found["tasks"]] == [
+        (0, 6, pytest.approx(1 / 3)), (2, 6, pytest.approx(1 / 3)), (0, 6, 0.25), (2, 6, 0.25), (0, 6, 0), (2, 6, 0)]
+    mine, _, place, *_, written = found["tasks"]
+    assert mine["best"] is None and place["best"] == 1 and set(mine["domains"]) == {"x", "y"}
+    assert mine["domains"]["x"]["right"] + mine["domains"]["y"]["right"] == mine["right"] == mine["accuracy"] * 6
+    assert set(place["by"]) == {"token", "byte", "unconditional"} and written["by"] == {}
+    lines = out.splitlines()
+    assert "Nothing beside" not in out and len(lines) == 1 + 2 + 1 + 1 + 6  # two tables and a line between them
+    assert len({len(line) for line in lines[:3]}) == 1 and lines[5].split()[:3] == ["mine.jsonl", "6", "0"]
+
+
+def test_only_what_was_asked_for_is_evaluated(capsys, run, tmp_path):
+    code, out, _ = call(capsys, "evaluate", run, "--domains", "--task", "place", "--items", "2", "--shots", "1")
+    assert code == 0 and "bits/byte" not in out and len(out.splitlines()) == 2
+    code, out, _ = call(capsys, "evaluate", run, "--domains", "stories", "--size", "500", "--task")
+    assert code == 0 and "interval" not in out and len(out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(["words", "said"], [
+    (["--task", "places"], "'places' is no task"), (["--task", "nothing.jsonl"], "nothing.jsonl"), (["--items", "0"], "items = 0"),
+    (["--task", "place", "--items", "2", "--shots", "4"], "4 examples need"), (["--domains", "nowhere"], "'nowhere' is no file"),
+    (["--task", "order", "--items", "2"], "task order, 0 shots: the choice 'Everyone")])
+def test_what_cannot_be_evaluated_is_one_line(capsys, run, words, said):
+    words = [*words, "--domains"] if "--domains" not in words else words
+    code, _, err = call(capsys, "evaluate", run, *words)
+    assert code == 2 and said in err and "Traceback" not in err
 
 
 def test_training_gone_wrong_has_an_exit_code_of_its_own(capsys, tmp_path):

@@ -279,9 +279,24 @@ class Grammar:
         for option in self.start.options:
             yield from self._follow((option.form, 0, None), text, 0, option.nats, {})
 
-    def _follow(self, rest: tuple | None, text: str, place: int, nats: float, facts: dict[str, Option]) -> Iterator:
-        """`rest` is what remains to be matched: (form, index, what comes after that form)."""
+    def begin_nats(self, text: str) -> float:
+        """-log of the probability that a text begins with `text`; infinite when none does.
+
+        So P(choice | context) is exp(begin_nats(context) - begin_nats(context + choice)), exactly.
+        """
+        chance = sum(math.exp(-nats) for option in self.start.options
+                     for nats, _ in self._follow((option.form, 0, None), text, 0, option.nats, {}, beginning=True))
+        return -math.log(chance) if chance else math.inf
+
+    def _follow(self, rest: tuple | None, text: str, place: int, nats: float, facts: dict[str, Option],
+                beginning: bool = False) -> Iterator:
+        """`rest` is what remains to be matched: (form, index, what comes after that form).
+
+        beginning: stop where `text` ends, whatever comes after it; the chances of what may come add up to 1.
+        """
         while rest is not None:
+            if beginning and place == len(text):
+                break
             form, index, after = rest
             if index == len(form):
                 rest = after
@@ -290,12 +305,14 @@ class Grammar:
             if isinstance(symbol, Draw):
                 for option in self.target(symbol, facts).options:
                     known = {**facts, symbol.fact: option} if symbol.fact else facts
-                    yield from self._follow((option.form, 0, rest), text, place, nats + option.nats, known)
+                    yield from self._follow((option.form, 0, rest), text, place, nats + option.nats, known, beginning)
                 return
             if isinstance(symbol, Note):
                 facts = {**facts, symbol.fact: symbol.option}
                 continue
             literal = symbol if isinstance(symbol, str) else value(symbol, facts)
+            if beginning:
+                literal = literal[:len(text) - place]
             if not text.startswith(literal, place):
                 return
             place += len(literal)

@@ -1,5 +1,5 @@
 import random
-from math import log
+from math import inf, log
 
 import pytest
 
@@ -108,3 +108,22 @@ def test_a_wrong_grammar_is_refused_by_name(source, words):
         Grammar(source)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_probability_of_a_beginning():
+    pets = Grammar(PETS)
+    assert pets.begin_nats("") == 0
+    # name: Ann and Eve 2 of 5 each, Bob 1; pet: cat, owl, hen 3, 2, 1 of 6; the two stories 3 and 1 of 4
+    assert pets.begin_nats("Ann saw a") == pytest.approx(-log(3 / 4 * 2 / 5))
+    assert pets.begin_nats("Ann saw a ") == pytest.approx(-log(3 / 4 * 2 / 5 * 4 / 6))
+    assert pets.begin_nats("Ann saw an owl. She r") == pytest.approx(-log(3 / 4 * 2 / 5 * 2 / 6 * 1 / 3))
+    assert pets.begin_nats("Hen!") == pytest.approx(-log(1 / 4 * 1 / 6))
+    assert pets.begin_nats("Ann saw an owl. He") == inf
+    assert pets.begin_nats("Bob saw an owl. He ran. Then") == inf
+
+
+def test_a_whole_text_is_a_beginning_and_longer_ones_are_rarer():
+    pets = Grammar(PETS)
+    text, nats, _ = pets.write(first_options(0.0, 0.9, 0.6, 0.9))
+    beginnings = [pets.begin_nats(text[:end]) for end in range(len(text) + 1)]
+    assert beginnings == sorted(beginnings) and beginnings[-1] == pytest.approx(nats)

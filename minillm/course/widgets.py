@@ -14,11 +14,14 @@ import ipywidgets as widgets
 from minillm.config import ModelConfig
 from minillm.course.plots import COLOURS
 from minillm.model.families import PRESETS, changes
-from minillm.model.flops import forward_flops
+from minillm.model.flops import forward_flops, training_days
 from minillm.model.transformer import Transformer, num_params
 from minillm.nn.formats import FORMATS, bits_of
+from minillm.plan.devices import DEVICES, Device
+from minillm.plan.training import duration, short
 from minillm.text.bpe import BPETokenizer
 from minillm.text.bpe_train import merge_pair
+from minillm.train.scaling_law import ScalingLaw
 
 TINTS = ("#CFE4F5", "#FBE0C8", "#CDEBDD", "#F3DCE9", "#FBEFC9")
 
@@ -218,6 +221,31 @@ def number_formats(number: str = "0.1") -> widgets.Widget:
     """Type a number and see its bits in every format."""
     box = widgets.Text(value=number, description="number", continuous_update=True)
     return _redrawn([box], [box], lambda: render_number(box.value))
+
+
+def render_budget(law: ScalingLaw, power: float, device: Device, gpus: int, utilisation: float = 0.4) -> str:
+    """What 10^power operations buy under a scaling law: the best size, its tokens, its loss, and how long some GPUs take."""
+    flops = 10.0 ** power
+    parameters, tokens = law.compute_optimal(flops)
+    days = training_days(flops, gpus, device.peak("bf16" if "bf16" in device.peaks else "fp16"), utilisation)
+    rows = {"budget": f"{flops:.1e} operations", "best size": f"{short(parameters)} parameters",
+            "to read": f"{short(tokens)} tokens, {tokens / parameters:,.0f} a parameter",
+            "expected loss": f"{law.loss(parameters, tokens):.3f} nats a token, of which {law.E:.3f} are the text's own",
+            "half that size": f"{law.loss(parameters / 2, tokens * 2):.3f} on twice the tokens; twice the size, {law.loss(parameters * 2, tokens / 2):.3f} on half",
+            "time": f"{duration(days)} on {gpus:,} x {device.name} at {utilisation:.0%} of their peak"}
+    body = "".join(f"<tr><td style='padding-right:1em'>{k}</td><td style='text-align:left'>{v}</td></tr>" for k, v in rows.items())
+    return f"<table>{body}</table>"
+
+
+def budget_slider(laws: Mapping[str, ScalingLaw]) -> widgets.Widget:
+    """Choose a law, a budget and GPUs."""
+    law = widgets.Dropdown(options=list(laws), description="law")
+    power = widgets.FloatSlider(value=23, min=12, max=27, step=0.1, description="log₁₀ FLOPs")
+    device = widgets.Dropdown(options=list(DEVICES), value="h100", description="GPU")
+    gpus = widgets.Dropdown(options=[1, 8, 64, 512, 2048, 16384], value=512, description="how many")
+    controls = [law, power, device, gpus]
+    return _redrawn([widgets.HBox([law, power]), widgets.HBox([device, gpus])], controls,
+                    lambda: render_budget(laws[law.value], power.value, DEVICES[device.value], gpus.value))
 
 
 def _redrawn(shown: list, controls: list, render: Callable[[], str]) -> widgets.Widget:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from minillm.course.widgets import (encoding_of, merge_stepper, merge_steps, render_both, render_merge_step, render_tokens,
                                     spell, temperature_slider, tiktoken_encoding, token_colours)
 from minillm.text.bpe import BPETokenizer
@@ -72,3 +74,19 @@ def test_a_number_is_drawn_in_every_format():
     box = number_formats()
     box.children[0].value = "2"
     assert box.children[-1].value == render_number("2")
+
+
+def test_a_budget_is_spent_by_a_law():
+    from minillm.course.widgets import budget_slider, render_budget
+    from minillm.plan.devices import DEVICES
+    from minillm.train.scaling_law import CHINCHILLA
+    page = render_budget(CHINCHILLA, 23.76, DEVICES["tpu-v4"], 512)
+    assert "5.8e+23 operations" in page and "32.2B parameters" in page and "2.97T tokens, 92 a parameter" in page
+    best, less, more = (CHINCHILLA.loss(n, 10 ** 23.76 / 6 / n) for n in (32.2e9, 16.1e9, 64.4e9))
+    assert best < less and best < more and f"{best:.3f} nats" in page
+    slider = budget_slider({"Chinchilla": CHINCHILLA, "flat": replace(CHINCHILLA, alpha=0.28)})
+    before = slider.children[-1].value
+    slider.children[0].children[0].value = "flat"
+    assert slider.children[-1].value != before
+    slider.children[1].children[0].value = "t4"
+    assert "t4" in slider.children[-1].value

@@ -57,5 +57,5 @@ def test_what_cannot_be_fitted():
         fit_scaling_law([RUNS[i] for i in (0, 1, 3, 4)])
     with pytest.raises(ValueError, match="1 sizes"):
         fit_scaling_law([(1e5, d, 1 + 1 / d) for d in range(1, 7)])
-    with pytest.raises(ValueError, match="floor 0.9"):
-        fit_scaling_law(RUNS, floor=0.9)
+    with pytest.raises(ValueError, match="the floor 9"):
+        fit_scaling_law(RUNS, floor=9)

@@ -2,15 +2,16 @@
 
 An experiment is a file beside this one with ROWS (name -> ModelConfig), PLAN (a TrainConfig), CONTEXT, SEEDS and
 `measure(model, data)`, which returns numbers; each row is trained once for each seed, all rows on the same stories in the same
-order. It may also have PLANS (row -> what it changes in the plan), SEEDS_OF (row -> other seeds), DATA (other stories), and
-Probe: a class whose instance is called at every step of a run and ends with a dict `found`, which is stored as well. The
-results say with which versions, on what machine and by which command they were made. A lesson shows them, and trains one
-row anew.
+order. It may also have PLANS (row -> what it changes in the plan), SEEDS_OF (row -> other seeds), DATA (other stories),
+CHANGES (row -> a function that changes batches), and Probe: a class whose instance is called at every step of a run and ends
+with a dict `found`, which is stored as well. The results say with which versions, on what machine and by which command they
+were made. A lesson shows them, and trains one row anew.
 """
 
 import importlib
 import json
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -36,15 +37,17 @@ DATA, VOCABULARY = DataConfig(size=4_000_000), 512
 
 def train_row(config: ModelConfig, plan: TrainConfig, data: Prepared, context: int, seed: int,
               watch: Callable[[int, float], None] | None = None,
-              probe: Callable[[int, float, float, Engine, Batch], None] | None = None) -> Transformer:
+              probe: Callable[[int, float, float, Engine, Batch], None] | None = None,
+              change: Callable[[int, Batch], Batch] | None = None) -> Transformer:
     """A model trained by the plan on windows of `context` tokens.
 
-    `watch(step, loss)` sees every step; `probe(step, loss, gradient norm, engine, batch)` sees it before the weights change.
+    `watch(step, loss)` sees every step; `probe(step, loss, gradient norm, engine, batch)` sees it before the weights change;
+    `change(step, batch)` may give another batch.
     """
     engine = Engine(config, replace(plan, seed=seed))
     loader = Loader(data.train, batch_size=plan.batch_size, context=context, seed=seed)
     for step in range(1, plan.steps + 1):
-        batch = next(loader)
+        batch = change(step, next(loader)) if change else next(loader)
         loss = engine.forward_backward(batch)
         norm = engine.clip(plan.clip_norm)
         if probe:
@@ -85,7 +88,8 @@ def _one(name: str, row: str, seed: int, folder: str) -> dict:
     experiment = importlib.import_module(f"{__name__}.{name}")
     data = prepare(folder, data_of(experiment), VOCABULARY)
     probe = experiment.Probe() if hasattr(experiment, "Probe") else None
-    model = train_row(experiment.ROWS[row], plan_of(experiment, row), data, experiment.CONTEXT, seed, probe=probe)
+    change = getattr(experiment, "CHANGES", {}).get(row)
+    model = train_row(experiment.ROWS[row], plan_of(experiment, row), data, experiment.CONTEXT, seed, probe=probe, change=change)
     found: Mapping[str, float] = experiment.measure(model, data)
     numbers = {key: round(value, 4) for key, value in found.items()}
     return {"seed": seed, "parameters": num_params(model), **numbers, **(probe.found if probe else {})}
@@ -107,8 +111,13 @@ def run(name: str) -> Path:
             "plan": {"steps": experiment.PLAN.steps, "batch_size": experiment.PLAN.batch_size, "context": experiment.CONTEXT,
                      "lr": experiment.PLAN.lr, "data": f"{data_of(experiment).size:,} bytes of stories", "vocabulary": VOCABULARY}}
     path = Path(__file__).with_name(f"{name}.json")
-    write_atomically(path, json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
+    write_atomically(path, _json({"made": made, "rows": rows}))
     return path
+
+
+def _json(values: dict) -> str:
+    """Indented JSON in which a list of numbers is one line."""
+    return re.sub(r"\[[^][{}\"]+\]", lambda found: json.dumps(json.loads(found[0])), json.dumps(values, indent=1)) + "\n"
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ class _Scores(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             q, k = args[:2]
             scores = (q @ k.mT * ((kwargs or {}).get("scale") or q.shape[-1] ** -0.5)).tril()
-            self.largest = max(self.largest, float(scores.abs().max()))
+            self.largest = max(self.largest, float(scores.detach().abs().max()))
         return function(*args, **(kwargs or {}))
 
 

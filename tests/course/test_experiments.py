@@ -3,13 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from minillm.course import experiments
-from minillm.course.experiments import families, positions
+from minillm.course.experiments import families, positions, scaling, spikes
+from minillm.data.loader import Loader
 from minillm.data.prepare import DataConfig, prepare
 from minillm.model.transformer import Transformer, num_params
 
-EXPERIMENTS = {"positions": positions, "families": families}
+EXPERIMENTS = {"positions": positions, "families": families, "scaling": scaling, "spikes": spikes}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -17,7 +19,7 @@ def test_the_stored_rows_are_those_of_the_code(name):
     stored, code = experiments.results(name), EXPERIMENTS[name]
     assert list(stored["rows"]) == list(code.ROWS)
     for row, runs in stored["rows"].items():
-        assert [run["seed"] for run in runs] == list(code.SEEDS)
+        assert [run["seed"] for run in runs] == list(experiments.seeds_of(code, row))
         assert {run["parameters"] for run in runs} == {num_params(Transformer(code.ROWS[row], device="meta"))}
     assert stored["made"]["plan"]["steps"] == code.PLAN.steps and stored["made"]["command"].endswith(name)
 
@@ -34,6 +36,51 @@ def test_a_row_is_trained_and_measured(tmp_path):
                                   lambda step, loss: seen.append((step, loss)))
     assert [step for step, _ in seen] == [1, 2, 3] and seen[2][1] < seen[0][1]
     assert set(families.measure(model, data)) == {"loss", "above best"}
+
+
+def test_a_probe_and_damaged_batches(tmp_path):
+    data, probe = prepare(tmp_path, DataConfig(size=200_000), 512), spikes.Probe()
+    asked = []
+
+    def change(step, batch):
+        asked.append(step)
+        return spikes.damage(spikes.DAMAGED[step % 2], batch)
+
+    plan = replace(spikes.PLAN, steps=6, batch_size=2)
+    experiments.train_row(spikes.ROWS["damage: nothing"], plan, data, 128, 0, probe=probe, change=change)
+    assert asked == [1, 2, 3, 4, 5, 6] and len(probe.found["losses"]) == 6
+    # every fifth step; scores and log Z of a model that has hardly begun: V equal logits give ln 512 = 6.2
+    assert [len(probe.found[key]) for key in ("norm", "score", "log Z")] == [1, 1, 1]
+    assert 0 < probe.found["score"][0] < 20 and 5 < probe.found["log Z"][0] < 8
+
+
+def test_damage_is_a_short_gram_over_and_over(tmp_path):
+    data = prepare(tmp_path, DataConfig(size=200_000), 512)
+    batch = next(Loader(data.train, batch_size=4, context=128))
+    assert spikes.damage(spikes.DAMAGED.start - 1, batch) is batch
+    bad = spikes.damage(spikes.DAMAGED.start, batch)
+    assert bad.ids.shape == (4, 128) and torch.equal(bad.ids[:, 1:], bad.targets[:, :-1])
+    for row in bad.ids:
+        assert any(torch.equal(row[n:], row[:-n]) for n in range(1, 14))
+
+
+def test_the_probe_sees_the_largest_score():
+    # without positions the scores are the products of the two projections, which hooks can see
+    model, kept = Transformer(replace(spikes.MODEL, pos="none"), seed=3), []
+    ids = torch.randint(0, 512, (2, 20), generator=torch.Generator().manual_seed(0))
+    for block in model.blocks:
+        for projection in (block.attention.q, block.attention.k):
+            projection.register_forward_hook(lambda module, inputs, output: kept.append(output.unflatten(-1, (4, 16)).transpose(1, 2)))
+    with spikes._Scores() as seen:
+        model(ids)
+    largest = max(float((q @ k.mT).tril().abs().max()) / 4 for q, k in zip(kept[::2], kept[1::2]))
+    assert len(kept) == 6 and seen.largest == pytest.approx(largest, rel=1e-5)  # float32: another order of the products
+
+
+def test_the_jump_of_a_curve():
+    clean, bad = [3.0] * 150, [9.0] * 5
+    assert spikes.jump(clean + bad + [4.5, 3.5] + [3.05] * 20) == pytest.approx((1.5, 2))
+    assert spikes.jump(clean + bad + [4.5] * 20) == (1.5, None)
 
 
 def test_the_spread_of_the_seeds():

@@ -1,0 +1,75 @@
+"""Lesson 05: what a model of N parameters has learned after D tokens, so that a law can be fitted and tried on a larger one.
+
+Four sizes of the course's LLaMA, each trained anew for 1, 2, 4 and 8 million tokens (of 2^10 · 1000) with a schedule that ends
+there, no token read twice. The fifth size is held out: the law has to say its loss before it is looked at. The learning rate
+is 1.44 / (width · layers) for all: a sweep at one million tokens found about that rate best at every size.
+"""
+
+from collections.abc import Sequence
+from statistics import mean
+
+from minillm.config import ModelConfig, TrainConfig
+from minillm.course.experiments import results
+from minillm.data.loader import Batch, evaluation_batches
+from minillm.data.prepare import DataConfig, Prepared
+from minillm.engine import Engine
+from minillm.model.families import preset
+from minillm.model.transformer import Transformer
+from minillm.train.scaling_law import Run
+
+CONTEXT, SEEDS = 128, (0,)
+DATA = DataConfig(size=24_000_000)
+PLAN = TrainConfig(steps=500, batch_size=16, warmup_steps=50)
+LAYERS = {24: 2, 32: 2, 48: 2, 64: 3, 96: 3}
+MILLIONS = (1, 2, 4, 8)
+
+
+def _model(width: int) -> ModelConfig:
+    return preset("first", vocab_size=512, layers=LAYERS[width], width=width, context=CONTEXT, qk_norm="head")
+
+
+def _plan(width: int, millions: int) -> dict[str, float]:
+    return {"steps": 500 * millions, "warmup_steps": 50 * millions, "lr": round(1.44 / (width * LAYERS[width]), 5)}
+
+
+SIZES = {f"width {width}, {millions}M": (width, millions) for width in LAYERS for millions in (MILLIONS if width < 96 else (4, 8))}
+ROWS = {row: _model(width) for row, (width, _) in SIZES.items()}
+PLANS = {row: _plan(*size) for row, size in SIZES.items()}
+SEEDS_OF = {"width 24, 1M": (0, 1, 2), "width 24, 4M": (0, 1, 2)}  # how much the seed decides
+HELD_OUT = ("width 96, 4M", "width 96, 8M")
+FITTED = tuple(row for row in ROWS if row not in HELD_OUT)
+
+
+class Probe:
+    """The curve of a run: the mean loss of every 50 steps."""
+
+    EVERY = 50
+
+    def __init__(self):
+        self.found: dict[str, list[float]] = {"curve": []}
+        self._sum = 0.0
+
+    def __call__(self, step: int, loss: float, norm: float, engine: Engine, batch: Batch) -> None:
+        self._sum += loss
+        if step % self.EVERY == 0:
+            self.found["curve"].append(round(self._sum / self.EVERY, 3))
+            self._sum = 0.0
+
+
+def runs(rows: Sequence[str], embeddings: bool = False) -> list[Run]:
+    """(parameters, tokens, loss) of stored rows, the mean over their seeds; `embeddings` counts the table of tokens too."""
+    stored = results("scaling")["rows"]
+    found = []
+    for row in rows:
+        config, steps = ROWS[row], PLANS[row]["steps"]
+        table = 0 if embeddings else config.vocab_size * config.width
+        found.append((stored[row][0]["parameters"] - table, steps * PLAN.batch_size * CONTEXT, mean(r["loss"] for r in stored[row])))
+    return found
+
+
+def measure(model: Transformer, data: Prepared) -> dict[str, float]:
+    """The loss on all validation tokens, and the best possible there, in nats a token."""
+    engine, total, count = Engine(model, PLAN), 0.0, 0
+    for batch in evaluation_batches(data.val, batch_size=32, context=CONTEXT):
+        total, count = total + engine.evaluate(batch), count + batch.count
+    return {"loss": total / count, "best": data.val.nats / count}

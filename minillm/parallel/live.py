@@ -8,6 +8,7 @@ import contextlib
 import json
 import linecache
 import os
+import re
 import selectors
 import signal
 import socket
@@ -16,9 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-import cloudpickle
-
-from minillm.parallel.channel import Channel
+from minillm.parallel.channel import Channel, pack
 from minillm.parallel.forkserver import fork_ranks
 from minillm.parallel.places import waiting_call
 from minillm.parallel.rank import choose_backend
@@ -30,6 +29,7 @@ LOOKS, APART = 4, 0.5  # ranks found at the same place so often, so many seconds
 IDLE = 0.01  # of the time between two looks: less CPU time than that is none
 SAME_CAUSE = 0.2  # seconds in which other ranks may fail of the same cause, and are told together
 ANSWER = 1.0  # seconds for a rank to say where it is
+LOG_PREFIX = re.compile(r"^\[rank\d+\]:\[?[A-Z]\d{4} [\d:.]+ +\d+ ?")  # torch's: rank, time and process make equal lines differ
 
 
 class Ranks:
@@ -38,7 +38,7 @@ class Ranks:
     Ends with `close`, the end of its `with`, or the end of this process; and by itself when a call leaves ranks waiting.
     """
 
-    def __init__(self, ranks: int, *, backend: str = "auto", timeout: float = 120.0, checked: bool = True):
+    def __init__(self, ranks: int, *, backend: str = "auto", timeout: float = 120.0, checked: bool = False):
         if ranks < 1:
             raise ValueError(f"ranks = {ranks}: at least 1 is needed.")
         self.size, self.timeout, self.backend = ranks, timeout, choose_backend(backend, ranks)
@@ -66,7 +66,7 @@ class Ranks:
             raise RuntimeError("these ranks have ended, after an error or by close(): make new ones.")
         cells = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and not os.path.exists(name)}
         try:
-            packed = cloudpickle.dumps((fn, args, cells))
+            packed = pack((fn, args, cells))
         except Exception as error:
             raise TypeError(f"the function or an argument cannot be sent to the ranks: {error}. Make inside the function what "
                             f"belongs to one process, such as locks, open files and groups.") from error
@@ -179,6 +179,8 @@ class Ranks:
         ready = self._selector.select(seconds)
         for key, _ in ready:
             kind, rank = key.data
+            if key.fd not in self._selector.get_map():  # closed a moment ago, with the news of a death
+                continue
             if kind == "control":
                 self._take_deaths(call)
             elif kind == "channel":
@@ -219,8 +221,9 @@ class Ranks:
             if rank in call.open():
                 call.deaths[rank] = code
 
-    def _last_words(self, rank: int, lines: int = 6) -> str:
-        return "\n".join(self._text["stderr", rank].decode(errors="replace").splitlines()[-lines:])
+    def _last_words(self, rank: int, most: int = 15) -> str:
+        lines = self._text["stderr", rank].decode(errors="replace").splitlines()
+        return "\n".join([line for line in lines if line and not line.startswith("Extension modules")][-most:])
 
     def _show_text(self) -> None:
         """Pass on what was printed, rank by rank. Warnings that several ranks print alike are shown once."""
@@ -230,7 +233,7 @@ class Ranks:
                 if name == "stdout":
                     relay(f"rank {rank} | {line}")
                 else:
-                    errors.setdefault(line, []).append(rank)
+                    errors.setdefault(LOG_PREFIX.sub("", line), []).append(rank)
             text.clear()
         for line, ranks in errors.items():
             relay(f"rank {','.join(map(str, dict.fromkeys(ranks)))} | {line}", error=True)

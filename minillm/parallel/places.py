@@ -32,11 +32,8 @@ def frames_of(stack: Iterable) -> list[Frame]:
     return [Frame(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in stack]
 
 
-def users_frame(frames: Sequence[Frame]) -> int:
-    """Index of the innermost frame that is neither Python's, nor a library's, nor of the machinery that runs ranks.
-
-    The last index if there is none.
-    """
+def users_frame(frames: Sequence[Frame]) -> int | None:
+    """Index of the innermost frame that is neither Python's, nor a library's, nor of the machinery that runs ranks."""
     for index, frame in enumerate(frames):
         real = os.path.realpath(frame.file)
         if real.startswith(OURS + os.sep):
@@ -44,7 +41,7 @@ def users_frame(frames: Sequence[Frame]) -> int:
                 return index
         elif not real.startswith(LIBRARIES) and not frame.file.startswith("<frozen"):
             return index
-    return len(frames) - 1
+    return None
 
 
 def waiting_call(frames: Sequence[Frame]) -> str | None:
@@ -53,32 +50,31 @@ def waiting_call(frames: Sequence[Frame]) -> str | None:
     The source line stands in where C code has no name: `work.wait()`.
     """
     user = users_frame(frames)
+    if user is None:
+        return None
     called = [frame.function for frame in frames[:user] if os.path.realpath(frame.file).startswith(TORCH)
               and frame.function != "wrapper"]
     if called:
         return called[-1]
-    source = source_line(frames[user]) if frames else ""
+    source = linecache.getline(frames[user].file, frames[user].line).strip()
     return f"`{source}`" if any(wait in source for wait in WAITS) else None
 
 
-def place(frame: Frame) -> str:
-    """backward_hook (data_parallel.py:88); in a notebook, step (line 3 of a cell)."""
+def place(frames: Sequence[Frame]) -> str:
+    """Where the user's code was: backward_hook (data_parallel.py:88); in a notebook, step (line 3 of a cell)."""
+    user = users_frame(frames)
+    if user is None:
+        return "code that is not the caller's"
+    frame = frames[user]
     if "ipykernel_" in frame.file or "<ipython-input" in frame.file:
         return f"{frame.function} (line {frame.line} of a cell)"
     return f"{frame.function} ({os.path.basename(frame.file)}:{frame.line})"
 
 
 def whereabouts(frames: Sequence[Frame]) -> str:
-    """What a rank was doing: `waiting in all_reduce, called by step (train.py:12)`, or just the place."""
-    if not frames:
-        return "somewhere that it could not tell"
-    call, user = waiting_call(frames), place(frames[users_frame(frames)])
-    return f"waiting in {call}, called by {user}" if call else f"in {user}"
-
-
-def source_line(frame: Frame) -> str:
-    """The text of a frame's line, empty if it cannot be found."""
-    return linecache.getline(frame.file, frame.line).strip()
+    """What a rank did: `waited in all_reduce, called by step (train.py:12)`, or `worked in step (train.py:9)`."""
+    call = waiting_call(frames)
+    return f"waited in {call}, called by {place(frames)}" if call else f"worked in {place(frames)}"
 
 
 def several(ranks: Iterable[int]) -> str:
@@ -88,8 +84,8 @@ def several(ranks: Iterable[int]) -> str:
 
 
 def together(sentences: dict[int, str]) -> str:
-    """Ranks that share a sentence share it in print: ranks 0 and 1 were waiting in ...; rank 3 was in ..."""
+    """Ranks that share a sentence share it in print: ranks 0 and 1 waited in ...; rank 3 worked in ..."""
     by_text: dict[str, list[int]] = {}
     for rank, text in sorted(sentences.items()):
         by_text.setdefault(text, []).append(rank)
-    return "; ".join(f"{several(ranks)} {'was' if len(ranks) == 1 else 'were'} {text}" for text, ranks in by_text.items())
+    return "; ".join(f"{several(ranks)} {text}" for text, ranks in by_text.items())

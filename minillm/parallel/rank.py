@@ -4,6 +4,7 @@ The main thread runs the functions; a second thread listens, so that a rank stuc
 other threads run) can still answer, and so that a rank whose caller is gone ends itself.
 """
 
+import faulthandler
 import linecache
 import os
 import queue
@@ -16,11 +17,10 @@ import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-import cloudpickle
 import torch
 import torch.distributed as dist
 
-from minillm.parallel.channel import Channel
+from minillm.parallel.channel import Channel, unpack
 from minillm.parallel.places import Frame, frames_of
 
 BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}  # with NCCL, tensors on the CPU still travel by gloo
@@ -88,6 +88,7 @@ def serve_calls(channel: int, output: int, errors: int) -> None:
         os.dup2(descriptor, standard)
         os.close(descriptor)
         setattr(sys, name, open(standard, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False))
+    faulthandler.enable()  # a crash in C says on standard error where it was
     caller, calls = Channel(socket.socket(fileno=channel)), queue.SimpleQueue()
     threading.Thread(target=_listen, args=(caller, calls, threading.get_ident()), daemon=True).start()
     me = None
@@ -98,8 +99,11 @@ def serve_calls(channel: int, output: int, errors: int) -> None:
                 me = _join_forked(*content)
                 continue
             result = _call(me, content[0])
-            sys.stdout.flush()
-            caller.send("done", result)
+            _flush()
+            try:
+                caller.send("done", result)
+            except (TypeError, AttributeError, ValueError, RuntimeError) as error:  # what pickling may raise
+                raise TypeError(f"the result, a {type(result).__name__}, cannot be sent to the caller: {error}") from None
         except BaseException as error:
             _flush()
             caller.send("raised", _failure(error))
@@ -138,7 +142,7 @@ def _call(me: Rank | None, packed: bytes):
     """Unpack a function with its arguments and run it."""
     if me is None:
         raise RuntimeError("this rank never joined the others")
-    function, arguments, cells = cloudpickle.loads(packed)
+    function, arguments, cells = unpack(packed)
     linecache.cache.update(cells)  # so that tracebacks quote the lines of notebook cells
     return function(me, *arguments)
 

@@ -7,7 +7,7 @@ import re
 import signal
 from dataclasses import dataclass, field
 
-from minillm.parallel.places import Frame, place, several, together, users_frame, waiting_call, whereabouts
+from minillm.parallel.places import Frame, place, several, together, waiting_call, whereabouts
 from minillm.parallel.rank import Failure
 
 FINGERPRINT = re.compile(r"Rank \d+ is running collective: CollectiveFingerPrint\((?:SequenceNumber=\d+, )?OpType=(\w+)"
@@ -41,25 +41,25 @@ class Call:
 
     def error(self, timeout: float) -> RankError | None:
         """What went wrong, as one error; None if every rank has returned."""
-        if self.failures and all(FINGERPRINT.search(failure.text) for failure in self.failures.values()):
-            return self._mismatch()
-        if self.failures:
-            first, failure = next(iter(self.failures.items()))
-            return RankError(f"rank {first} of {self.size} raised {failure.kind} in "
-                             f"{place(failure.frames[users_frame(failure.frames)])}{self._others(first)}. "
-                             f"Rank {first}'s traceback:\n{failure.traceback}", sorted(self.failures))
         if self.deaths:
             first, code = next(iter(self.deaths.items()))
             words = self.last_words.get(first)
             return RankError(f"rank {first} of {self.size} {_ended(code)}{self._others(first)}."
                              + (f" Its last words on standard error:\n{words}" if words else ""), sorted(self.deaths))
+        if self.failures and all(FINGERPRINT.search(failure.text) for failure in self.failures.values()):
+            return self._mismatch()
+        if self.failures:
+            first, failure = next(iter(self.failures.items()))
+            return RankError(f"rank {first} of {self.size} raised {failure.kind} in {place(failure.frames)}{self._others(first)}. "
+                             f"Rank {first}'s traceback:\n{failure.traceback}", sorted(self.failures))
         if self.deadlocked:
             return RankError(f"the ranks wait for one another and none can go on: {self._doing()}. All have been stopped. "
-                             f"Every rank of a group must call the same collectives in the same order, and every send needs "
-                             f"its receive.", self.open())
+                             f"Every rank of a group must call the same collectives in the same order with the same shapes, "
+                             f"and every send needs its receive; checked=True compares the calls.", self.open())
         if self.open():
-            return RankError(f"{several(self.open())} of {self.size} did not return within {timeout:g} s: {self._doing()}. "
-                             f"All have been stopped; timeout= sets the limit.", self.open())
+            late = [rank for rank in self.open() if not waiting_call(self.stacks.get(rank, ((), 0))[0])] or self.open()
+            return RankError(f"{several(late)} of {self.size} did not return within {timeout:g} s: {self._doing()}. "
+                             f"All have been stopped; timeout= sets the limit.", late)
         return None
 
     def _mismatch(self) -> RankError:
@@ -68,7 +68,7 @@ class Call:
         for rank, failure in self.failures.items():
             name, shape, dtype = FINGERPRINT.search(failure.text).groups()
             what = (waiting_call(failure.frames) or name.lower()) + (f" on {dtype.lower()}{shape}" if shape else "")
-            calls[rank] = f"in {what}, called by {place(failure.frames[users_frame(failure.frames)])}"
+            calls[rank] = f"called {what} in {place(failure.frames)}"
         rest = self._doing()
         return RankError(f"the ranks called collectives that do not match: {together(calls)}{'; ' + rest if rest else ''}. Every "
                          f"rank of a group must call the same collectives in the same order with the same shapes.",
@@ -76,22 +76,24 @@ class Call:
 
     def _others(self, first: int) -> str:
         """What all but the first failing rank did, with its punctuation."""
-        told = {rank: f"raising {failure.kind} too" for rank, failure in self.failures.items() if rank != first}
-        parts = [together(told), *[f"rank {rank} {_ended(code)}" for rank, code in self.deaths.items() if rank != first],
-                 self._doing(" and " + ("has" if len(self.open()) == 1 else "have") + " been stopped" if self.open() else "")]
+        raised = {rank: f"raised {failure.kind} in {place(failure.frames)}" for rank, failure in self.failures.items()}
+        ended = {rank: _ended(code) for rank, code in self.deaths.items()}
+        told = {rank: text for rank, text in {**raised, **ended}.items() if rank != first}
+        stopped = " and has been stopped" if len(self.open()) == 1 else " and have been stopped" if self.open() else ""
+        parts = [together(told), self._doing(stopped)]
         return "".join(f"; {part}" for part in parts if part)
 
     def _doing(self, end: str = "") -> str:
         """Where the open ranks are, and which have returned."""
-        silent = "not answering: stopped, or in C code that lets no other thread run"
+        silent = "did not answer: stopped, or in C code that lets no other thread run"
         where = {rank: whereabouts(self.stacks[rank][0]) if rank in self.stacks else silent for rank in self.open()}
         returned = f"{several(self.results)} had returned" if self.results else ""
         return "; ".join(part for part in (together(where) + end, returned) if part)
 
 
 def _ended(code: int) -> str:
-    """How a process ended, from its exit code (negative: the signal)."""
+    """How a rank ended, from its exit code (negative: the signal)."""
     if code >= 0:
         return f"ended with exit code {code} before its function returned"
     name = signal.Signals(-code).name
-    return f"was killed by {name}" + (" (the system does that when memory runs out)" if name == "SIGKILL" else "")
+    return f"ended by {name}" + (" (the system does that when memory runs out)" if name == "SIGKILL" else "")

@@ -103,7 +103,7 @@ def _report_deaths(sessions: list[Session]) -> None:
 
 
 def _fork_ranks(folder: str, descriptors: list[int], ours: list[int]) -> Session:
-    """Fork one process per rank. descriptors: the session's own, then STREAMS for each rank; ours: what no rank may keep."""
+    """Fork one process per rank. descriptors: the session's, then STREAMS for each rank; ours: what no rank may keep."""
     session = Session(socket.socket(fileno=descriptors[0]), folder)
     ranks = [descriptors[i:i + STREAMS] for i in range(1, len(descriptors), STREAMS)]
     for rank, streams in enumerate(ranks):
@@ -146,7 +146,8 @@ class Server:
         if not self.requests.recv(16):
             self.process.wait()
             self.errors.seek(0)
-            raise RuntimeError(f"the process that ranks are forked from did not start: {self.errors.read().decode()[-2000:]}")
+            words = self.errors.read().decode()[-2000:]
+            raise RuntimeError(f"the process that ranks are forked from did not start: {words}")
 
     def usable(self) -> bool:
         """Started by this very process (not by one that it was forked from), and alive."""

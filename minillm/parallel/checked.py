@@ -9,6 +9,7 @@ sends for a mismatch, and crashes in DistributedDataParallel.
 import functools
 import inspect
 import os
+import sys
 import traceback
 
 import torch.distributed as dist
@@ -47,7 +48,7 @@ def compare(name: str, x: Tensor | None, group: dist.ProcessGroup | None) -> Non
         return
     call = name if x is None else f"{name} on {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
     calls = [None] * dist.get_world_size(group)
-    here = place([frame for frame in frames_of(traceback.walk_stack(None)) if os.path.realpath(frame.file) != COLLECTIVES])
+    here = place([frame for frame in frames_of(traceback.walk_stack(sys._getframe())) if os.path.realpath(frame.file) != COLLECTIVES])
     dist.all_gather_object(calls, (call, here), group=group)
     if len({call for call, _ in calls}) > 1:
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
@@ -67,5 +68,4 @@ def _comparing(collective, index: int | None):
             compare(collective.__name__, None if index is None else given[names[index]], given.get("group"))
         return collective(*args, **options)
 
-    compared.__code__ = compared.__code__.replace(co_name=collective.__name__)  # what a stack shows while it waits
     return compared

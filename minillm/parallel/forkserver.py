@@ -147,6 +147,7 @@ class Server:
             self.process.wait()
             self.errors.seek(0)
             words = self.errors.read().decode()[-2000:]
+            self.stop()
             raise RuntimeError(f"the process that ranks are forked from did not start: {words}")
 
     def usable(self) -> bool:
@@ -158,9 +159,11 @@ class Server:
         socket.send_fds(self.requests, [json.dumps({"folder": folder}).encode()], descriptors)
 
     def stop(self) -> None:
-        """End the server and every rank it has."""
+        """End the server and every rank it has; in a fork of the caller, only let go of it."""
         self.requests.close()
-        self.process.wait()
+        self.errors.close()
+        if self.owner == os.getpid():
+            self.process.wait()
 
 
 _first: list[str] = []  # what `preload` asked for
@@ -172,8 +175,10 @@ def fork_ranks(count: int, folder: str) -> tuple[socket.socket, list[tuple[socke
     """Start `count` ranks. Returns the session's socket, each rank's (channel, output, errors), and the pids and group."""
     global _running
     with _starting:
-        if _running is None or not _running.usable():
-            _running = Server()
+        if _running is not None and not _running.usable():
+            _running.stop()
+            _running = None
+        _running = _running or Server()
         control, theirs = socket.socketpair()
         given, kept = [theirs.fileno()], []
         ends = [theirs]
@@ -198,7 +203,7 @@ def preload(module: str) -> None:
     with _starting:
         if module not in _first:
             _first.append(module)
-            if _running is not None and _running.usable():
+            if _running is not None:
                 _running.stop()
             _running = None
 

@@ -56,8 +56,10 @@ def waiting_call(frames: Sequence[Frame]) -> str | None:
     user = users_frame(frames)
     if user is None:
         return None
-    called = [frame.function for frame in frames[:user] if os.path.realpath(frame.file).startswith((TORCH, CHECKED))
-              and frame.function not in ("wrapper", "compare")]
+    if any(os.path.realpath(frame.file) == CHECKED for frame in frames[:user]):
+        return "the comparison of checked mode"
+    called = [frame.function for frame in frames[:user] if os.path.realpath(frame.file).startswith(TORCH)
+              and frame.function != "wrapper"]
     if called:
         return called[-1]
     source = linecache.getline(frames[user].file, frames[user].line).strip()

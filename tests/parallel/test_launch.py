@@ -178,13 +178,20 @@ def waits_for_nobody(me):
         dist.irecv(torch.ones(1), 1).wait()
 
 
+@pytest.fixture
+def soon(monkeypatch):
+    """Look for ranks that wait for one another after a moment, so that tests need not wait for seconds."""
+    monkeypatch.setattr("minillm.parallel.live.QUIET", 0.3)
+    monkeypatch.setattr("minillm.parallel.live.APART", 0.2)
+
+
 @pytest.mark.parametrize("fn, words", [
     (in_another_order, "ranks 0, 1 and 2 waited in all_reduce, called by in_another_order"),
     (other_shapes, "rank 0 waited in all_reduce, called by other_shapes"),
     (leaves_early, "ranks 1, 2 and 3 waited in barrier, called by leaves_early"),
     (waits_for_nobody, "rank 0 waited in `dist.irecv(torch.ones(1), 1).wait()`, called by waits_for_nobody")],
     ids=lambda value: getattr(value, "__name__", ""))
-def test_ranks_that_wait_for_one_another(fn, words):
+def test_ranks_that_wait_for_one_another(fn, words, soon):
     """Found long before the timeout, and the call of each is named."""
     error = failing(fn)
     assert str(error).startswith("the ranks wait for one another and none can go on: ") and words in str(error)
@@ -222,13 +229,24 @@ def test_checked_mode_lets_correct_programs_pass():
     assert launch(sends_unequally, 3, checked=True) == [[0.0, 1.0, 2.0]] * 3
 
 
-def test_a_slow_rank_is_no_deadlock():
-    def sleep(me):
+def test_in_checked_mode_a_missing_rank_is_waited_for_in_the_comparison(soon):
+    assert "ranks 1, 2 and 3 waited in the comparison of checked mode, called by leaves_early" in str(failing(leaves_early, checked=True))
+
+
+def test_slow_ranks_are_no_deadlock(soon):
+    """One that sleeps while the others wait, one that computes, and one that answers late for its work in C."""
+    def slow(me):
         if me.rank == 0:
-            time.sleep(5)
+            time.sleep(2)
+        if me.rank == 1:
+            end = time.monotonic() + 2
+            while time.monotonic() < end:
+                torch.ones(300, 300) @ torch.ones(300, 300)
+        if me.rank == 2:
+            sum(range(10 ** 7))
         dist.barrier()
         return me.rank
-    assert launch(sleep, 2) == [0, 1]
+    assert launch(slow, 4) == [0, 1, 2, 3]
 
 
 def test_an_interrupt_ends_the_ranks():

@@ -181,7 +181,7 @@ def fork_ranks(count: int, folder: str) -> tuple[socket.socket, list[tuple[socke
     """
     global _running
     if not hasattr(os, "fork"):
-        raise RuntimeError("ranks are forked processes, which this system does not have: use Linux, macOS, or WSL on Windows.")
+        raise RuntimeError("ranks are forked processes, and this system has none: use Linux, macOS, or WSL on Windows.")
     with _starting:
         for last in (False, True):
             if _running is None or not _running.usable():

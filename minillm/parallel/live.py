@@ -12,6 +12,7 @@ import linecache
 import os
 import re
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -46,11 +47,11 @@ class Ranks:
         if ranks < 1:
             raise ValueError(f"ranks = {ranks}: at least 1 is needed.")
         self.size, self.timeout, self.backend = ranks, timeout, choose_backend(backend, ranks)
-        folder = tempfile.mkdtemp(prefix="minillm-ranks-")  # the server removes it when the ranks have ended
+        self._folder = tempfile.mkdtemp(prefix="minillm-ranks-")  # where they meet; the server removes it with the ranks
         try:
-            self._control, streams, born = fork_ranks(ranks, folder)
+            self._control, streams, born = fork_ranks(ranks, self._folder)
         except BaseException:
-            os.rmdir(folder)
+            shutil.rmtree(self._folder, ignore_errors=True)
             raise
         self._group = born["group"]
         self._channels = [Channel(channel) for channel, _, _ in streams]
@@ -66,7 +67,7 @@ class Ranks:
                 self._selector.register(thing, selectors.EVENT_READ, (name, rank))
         caller = {"environment": dict(os.environ), "folder": os.getcwd(), "path": sys.path}
         for rank in range(ranks):  # torch's own limit comes after the caller's, which can say more
-            self._tell(rank, "join", rank, ranks, self.backend, timeout + 60, checked, folder, caller)
+            self._tell(rank, "join", rank, ranks, self.backend, timeout + 60, checked, self._folder, caller)
 
     def run(self, fn: Callable, *args) -> list:
         """fn(me, *args) on every rank, as `launch` does. An error that leaves no rank waiting leaves the ranks alive."""
@@ -109,6 +110,7 @@ class Ranks:
         if not self._server_ended_them():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._group, signal.SIGKILL)
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._control.close()
         for channel in self._channels:
             channel.socket.close()
@@ -258,5 +260,5 @@ def _check_call(fn: Callable, args: tuple) -> None:
         signature.bind(None, *args)
     except TypeError as error:
         name = getattr(fn, "__name__", "the function")
-        raise TypeError(f"{name}{signature} cannot take the rank and {len(args)} more: {error}. Its first argument is the rank, "
-                        f"as in def {name}(me, ...).") from None
+        raise TypeError(f"{name}{signature} cannot take the rank and {len(args)} more: {error}. Its first argument is the "
+                        f"rank, as in def {name}(me, ...).") from None

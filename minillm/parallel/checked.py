@@ -18,7 +18,8 @@ from minillm.parallel.places import frames_of, place, together
 
 # Each collective of torch.distributed, and which of its arguments has one shape on all ranks.
 COMPARED = {"all_reduce": 0, "broadcast": 0, "reduce": 0,
-            "all_gather": 1, "all_gather_into_tensor": 1, "all_gather_single": 1, "reduce_scatter": 0, "reduce_scatter_tensor": 1, "reduce_scatter_single": 1, "gather": 0, "scatter": 0,
+            "all_gather": 1, "all_gather_into_tensor": 1, "all_gather_single": 1,
+            "reduce_scatter": 0, "reduce_scatter_tensor": 1, "reduce_scatter_single": 1, "gather": 0, "scatter": 0,
             "all_to_all": None, "all_to_all_single": None, "barrier": None}
 _on = False
 

@@ -64,6 +64,7 @@ def test_damage_is_a_short_gram_over_and_over(tmp_path):
         assert any(torch.equal(row[n:], row[:-n]) for n in range(1, 14))
 
 
+@torch.no_grad()
 def test_the_probe_sees_the_largest_score():
     # without positions the scores are the products of the two projections, which hooks can see
     model, kept = Transformer(replace(spikes.MODEL, pos="none"), seed=3), []

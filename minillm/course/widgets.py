@@ -248,6 +248,55 @@ def budget_slider(laws: Mapping[str, ScalingLaw]) -> widgets.Widget:
                     lambda: render_budget(laws[law.value], power.value, DEVICES[device.value], gpus.value))
 
 
+def ring_states(size: int) -> list[tuple[list[list[frozenset[int]]], list[int]]]:
+    """A ring all-reduce step by step: whose numbers are in chunk c of rank r, and which chunk each rank has just sent.
+
+    The order is that of `ring_all_reduce` in minillm/parallel/collectives.py: size - 1 steps in which sums move on, and
+    size - 1 in which finished chunks are handed round.
+    """
+    table = [[frozenset({rank})] * size for rank in range(size)]
+    states = [([list(row) for row in table], [])]
+    for step in range(2 * (size - 1)):
+        adding = step < size - 1
+        sent = [(rank - 1 - step) % size if adding else (rank - (step - size + 1)) % size for rank in range(size)]
+        before = [list(row) for row in table]
+        for rank, chunk in enumerate(sent):
+            after = (rank + 1) % size
+            table[after][chunk] = before[rank][chunk] | (table[after][chunk] if adding else frozenset())
+        states.append(([list(row) for row in table], sent))
+    return states
+
+
+def render_ring(size: int, step: int) -> str:
+    """The state of a ring all-reduce after so many steps: a row a rank, a column a chunk, darker the more is in the sum."""
+    states = ring_states(size)
+    step = max(0, min(step, len(states) - 1))
+    table, sent = states[step]
+    rows = []
+    for rank, chunks in enumerate(table):
+        cells = []
+        for chunk, whose in enumerate(chunks):
+            arrived = bool(sent) and sent[(rank - 1) % size] == chunk
+            share = 0.12 + 0.6 * (len(whose) - 1) / max(1, size - 1)
+            border = f"2px solid {COLOURS[1]}" if arrived else "2px solid transparent"
+            cells.append(f"<td style='background:rgba(0,114,178,{share:.2f});border:{border};text-align:center;min-width:3.2em'>"
+                         f"{'+'.join(map(str, sorted(whose)))}</td>")
+        arrow = f"<td style='padding-left:.8em'>sent chunk {sent[rank]} to rank {(rank + 1) % size}</td>" if sent else ""
+        rows.append(f"<tr><td>rank {rank}</td>{''.join(cells)}{arrow}</tr>")
+    part = "before" if step == 0 else "sums move on" if step < size else "finished chunks go round"
+    head = "".join(f"<th style='text-align:center'>chunk {chunk}</th>" for chunk in range(size))
+    return (f"<div><b>step {step} of {2 * (size - 1)}</b>: {part}</div>"
+            f"<table style='border-collapse:separate'><tr><th></th>{head}</tr>{''.join(rows)}</table>")
+
+
+def ring_stepper(size: int = 4) -> widgets.Widget:
+    """Press play, and watch the ring turn."""
+    ranks = widgets.IntSlider(value=size, min=2, max=8, description="ranks")
+    play, slider = widgets.Play(min=0, max=14, interval=900), widgets.IntSlider(min=0, max=14, description="step")
+    widgets.jslink((play, "value"), (slider, "value"))
+    return _redrawn([ranks, widgets.HBox([play, slider])], [ranks, slider], lambda: render_ring(ranks.value, slider.value))
+
+
 def _redrawn(shown: list, controls: list, render: Callable[[], str]) -> widgets.Widget:
     """Controls above an HTML box that is drawn again whenever one of them changes."""
     box = widgets.HTML(value=render())

@@ -90,3 +90,20 @@ def test_a_budget_is_spent_by_a_law():
     assert slider.children[-1].value != before
     slider.children[1].children[0].value = "t4"
     assert "t4" in slider.children[-1].value
+
+
+def test_the_ring_turns_as_the_code_does():
+    from minillm.course.widgets import render_ring, ring_states, ring_stepper
+    for size in (2, 3, 5):
+        states, everybody = ring_states(size), frozenset(range(size))
+        assert len(states) == 2 * size - 1 and all(cell == everybody for row in states[-1][0] for cell in row)
+        halfway = states[size - 1][0]
+        assert all(halfway[rank][rank] == everybody for rank in range(size))  # a reduce-scatter
+        sums = [sum(len(cell) for row in table for cell in row) for table, _ in states]
+        assert sums == sorted(sums) and all(len(sent) == size for _, sent in states[1:])
+    assert "step 3 of 6" in render_ring(4, 3) and "0+1+2+3" in render_ring(4, 3) and "0+1+2+3" not in render_ring(4, 2)
+    assert render_ring(4, 99) == render_ring(4, 6)
+    stepper = ring_stepper(3)
+    before = stepper.children[-1].value
+    stepper.children[1].children[1].value = 2
+    assert stepper.children[-1].value != before and "step 2 of 4" in stepper.children[-1].value

@@ -1,9 +1,11 @@
 """The one place through which the library shows that it is working.
 
 Library code never prints. It wraps its long loops in `track` or `bar`, which do nothing until a command or a
-notebook calls `show_progress(True)`; then each becomes a tqdm bar on standard error.
+notebook calls `show_progress(True)`; then each becomes a tqdm bar on standard error. Only `relay` always shows, because
+what it passes on is not the library's text.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -38,3 +40,11 @@ def say(text: str) -> None:
     """Write a line above the bars when progress is shown, nothing otherwise."""
     if _shown:
         tqdm.write(text)
+
+
+def relay(line: str, error: bool = False) -> None:
+    """Pass on a line that the caller's own code printed in another process: always shown, as the caller's own print is.
+
+    error: to standard error instead of standard output.
+    """
+    tqdm.write(line, file=sys.stderr if error else sys.stdout)

@@ -1,0 +1,110 @@
+"""Collectives with gradients: the four that tensor parallelism is built of, as conjugate pairs.
+
+What one does forward, its partner does backward: `copy_to` (Megatron's f: nothing, then a sum) and `reduce_from` (its g:
+a sum, then nothing), `scatter_to` (take a part, then gather) and `gather_from` (gather, then take a part). All assume
+that what is whole is the same on every rank of the group, values and gradients. torch's own collectives do the sending.
+Source: arXiv:1909.08053 §3. Differs from collectives.py: those are for reading, without gradients.
+Left out: reduce-scatter and all-gather as a pair, for sequence parallelism.
+"""
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+Group = dist.ProcessGroup
+
+
+def copy_to(x: Float[Tensor, "*shape"], group: Group) -> Float[Tensor, "*shape"]:
+    """f: x as it is; backward, the sum of the ranks' gradients. Stands before a weight that is split by columns.
+
+    Cost: nothing forward, one all-reduce of x's size backward.
+    """
+    return x if dist.get_world_size(group) == 1 else _CopyTo.apply(x, group)
+
+
+def reduce_from(x: Float[Tensor, "*shape"], group: Group) -> Float[Tensor, "*shape"]:
+    """g: the sum over ranks; backward, the gradient as it is. Stands behind a weight that is split by rows.
+
+    Cost: one all-reduce of x's size forward, nothing backward.
+    """
+    return x if dist.get_world_size(group) == 1 else _ReduceFrom.apply(x, group)
+
+
+def scatter_to(x: Float[Tensor, "..."], dim: int, group: Group) -> Float[Tensor, "..."]:
+    """This rank's part of x along dim; backward, the parts' gradients together.
+
+    Cost: nothing forward, one all-gather backward.   Raises: ValueError if P does not divide the dimension.
+    """
+    return x if dist.get_world_size(group) == 1 else _ScatterTo.apply(x, dim, group)
+
+
+def gather_from(x: Float[Tensor, "..."], dim: int, group: Group) -> Float[Tensor, "..."]:
+    """The ranks' parts together along dim; backward, this rank's part of the gradient.
+
+    Cost: one all-gather forward, nothing backward.
+    """
+    return x if dist.get_world_size(group) == 1 else _GatherFrom.apply(x, dim, group)
+
+
+def _sum(x: Tensor, group: Group) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _part(x: Tensor, dim: int, group: Group) -> Tensor:
+    size = dist.get_world_size(group)
+    if x.shape[dim] % size:
+        raise ValueError(f"dimension {dim} of {tuple(x.shape)} has {x.shape[dim]} entries, which {size} ranks cannot share: "
+                         f"it must be a multiple of {size}.")
+    return x.chunk(size, dim)[dist.get_rank(group)].contiguous()
+
+
+def _whole(x: Tensor, dim: int, group: Group) -> Tensor:
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim)
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _sum(grad, ctx.group), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _ScatterTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return _part(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _whole(grad, ctx.dim, ctx.group), None, None
+
+
+class _GatherFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return _whole(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _part(grad, ctx.dim, ctx.group), None, None

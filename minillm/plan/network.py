@@ -82,7 +82,7 @@ class Message:
 
     source: int
     target: int
-    size: int
+    size: float
 
 
 Rounds = list[list[Message]]

@@ -8,7 +8,8 @@ from minillm.infer.generate import generate
 from minillm.model.families import preset
 from minillm.model.huggingface import load_pretrained, save_pretrained
 from minillm.model.transformer import Transformer
+from minillm.parallel.launch import launch
 from minillm.text.bpe import BPETokenizer
 
-__all__ = ["BPETokenizer", "ModelConfig", "ParallelConfig", "TrainConfig", "Transformer", "generate", "load_pretrained",
-           "preset", "save_pretrained"]
+__all__ = ["BPETokenizer", "ModelConfig", "ParallelConfig", "TrainConfig", "Transformer", "generate", "launch",
+           "load_pretrained", "preset", "save_pretrained"]

@@ -14,7 +14,7 @@ from minillm.model.flops import training_flops_per_token
 from minillm.model.transformer import Transformer, num_params
 
 NEEDED = ("torch", "numpy", "matplotlib", "einops", "tiktoken", "safetensors", "regex", "jaxtyping", "tyro", "tqdm",
-          "jupyterlab", "ipywidgets", "nbval")
+          "cloudpickle", "jupyterlab", "ipywidgets", "nbval")
 
 
 def examine() -> tuple[list[str], bool]:

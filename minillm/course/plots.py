@@ -9,6 +9,8 @@ import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.axes import Axes
 
+from minillm.parallel.mesh import groups
+
 # Okabe and Ito, "Color Universal Design" (2008), darkest first so that two lines differ in grey too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
@@ -106,4 +108,30 @@ def tree(parents: Mapping[str, str], labels: Mapping[str, str], *, title: str = 
                 bbox=dict(boxstyle="round,pad=0.25", facecolor=COLOURS[0], edgecolor="none"))
         ax.text(x + 0.02, -y - 0.44, labels.get(name, ""), fontsize=7.5, va="center", color="#444444")
     ax.set(xlim=(-0.1, max(x for x, _ in places.values()) + 0.9), ylim=(-rows + 0.1, 0.7), title=title)
+    return ax
+
+
+def mesh_picture(world: int, *, title: str = "", **degrees: int) -> Axes:
+    """Who sits where: a square per rank, the tensor axis across, the pipeline down, all other axes side by side.
+
+    A frame is a tensor group; squares of one colour in a row are a data group; a column of squares is a pipeline group.
+    """
+    lines = groups(world, **degrees)
+    sizes = {axis: len(of_axis[0]) for axis, of_axis in lines.items()}
+    stages, wide = sizes.get("pp", 1), sizes.get("tp", 1)
+    across = world // stages
+    ax = plt.figure(figsize=(min(0.8 * (across + 0.35 * across / wide) + 0.8, 12), 0.75 * stages + 0.7)).gca()
+    colours = {rank: number % len(COLOURS[:6]) for number, line in enumerate(lines["dp"]) for rank in line}
+    for rank in range(world):
+        column, stage = rank % across, rank // across
+        x, y = column + 0.35 * (column // wide), -stage
+        ax.add_patch(plt.Rectangle((x + 0.06, y + 0.08), 0.88, 0.8, facecolor=COLOURS[colours[rank]], edgecolor="none"))
+        ax.text(x + 0.5, y + 0.48, str(rank), ha="center", va="center", color="white", fontweight="bold")
+        if column % wide == 0 and wide > 1:
+            ax.add_patch(plt.Rectangle((x, y), wide, 0.96, facecolor="none", edgecolor="#444444", linewidth=1.2))
+    for stage in range(stages if stages > 1 else 0):
+        ax.text(-0.15, 0.48 - stage, f"stage {stage}", ha="right", va="center", fontsize=9)
+    ax.set(xlim=(-1.2 if stages > 1 else -0.1, across + 0.35 * across / wide), ylim=(0.9 - stages, 1.1), aspect="equal",
+           title=title)
+    ax.axis("off")
     return ax

@@ -1,8 +1,8 @@
 """Every collective from send and receive alone: naive and tree, ring and recursive doubling, with what each one sends.
 
-All return new tensors and leave their input as it was. Chunks are those of torch.tensor_split along dimension 0, so
-sizes need not divide: the first chunks have one row more. `rank` below is the rank in the group. Sums are taken in the
-same order for every rank, so all ranks hold the same bits; another algorithm adds in another order.
+All return new tensors, without gradients, and leave their input as it was. Chunks are those of torch.tensor_split along
+dimension 0, so sizes need not divide: the first chunks have one row more. `rank` below is the rank in the group. Every
+rank ends with the same bits; another algorithm adds in another order, and may end with others.
 Costs are per rank, with N the bytes of the whole tensor and P the ranks of the group; `Traffic` counts them.
 Differs from torch.distributed: no asynchronous forms, no pipelining of large messages. Source: Thakur, Rabenseifner and
 Gropp, "Optimization of Collective Communication Operations in MPICH" (2005).
@@ -16,6 +16,8 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
+from minillm.parallel.checked import compare
+
 Group = dist.ProcessGroup
 
 
@@ -27,12 +29,14 @@ class Traffic:
     bytes: int = 0
 
 
-def broadcast_naive(x: Shaped[Tensor, "*shape"], source: int, group: Group, traffic: Traffic | None = None) -> Shaped[Tensor, "*shape"]:
+@torch.no_grad()
+def broadcast_naive(x: Shaped[Tensor, "*shape"], source: int, group: Group,
+                    traffic: Traffic | None = None) -> Shaped[Tensor, "*shape"]:
     """The source's x on every rank; the others give a tensor of the same shape. The source sends to each in turn.
 
     Cost: the source sends P-1 messages, (P-1)·N bytes; the others nothing. P-1 rounds.
     """
-    _agree("broadcast_naive", x, group)
+    compare("broadcast_naive", x, group)
     rank, size, out = dist.get_rank(group), dist.get_world_size(group), x.clone()
     if rank == source:
         for other in range(size):
@@ -43,12 +47,14 @@ def broadcast_naive(x: Shaped[Tensor, "*shape"], source: int, group: Group, traf
     return out
 
 
-def broadcast_tree(x: Shaped[Tensor, "*shape"], source: int, group: Group, traffic: Traffic | None = None) -> Shaped[Tensor, "*shape"]:
+@torch.no_grad()
+def broadcast_tree(x: Shaped[Tensor, "*shape"], source: int, group: Group,
+                   traffic: Traffic | None = None) -> Shaped[Tensor, "*shape"]:
     """The source's x on every rank: in each round every rank that has it passes it on, so their number doubles.
 
     Cost: the source sends ⌈log2 P⌉ messages of N bytes, no rank more; all ranks together P-1. ⌈log2 P⌉ rounds.
     """
-    _agree("broadcast_tree", x, group)
+    compare("broadcast_tree", x, group)
     size, out = dist.get_world_size(group), x.clone()
     mine = (dist.get_rank(group) - source) % size  # numbered from the source
     reach = 1
@@ -61,12 +67,14 @@ def broadcast_tree(x: Shaped[Tensor, "*shape"], source: int, group: Group, traff
     return out
 
 
-def reduce(x: Shaped[Tensor, "*shape"], target: int, group: Group, traffic: Traffic | None = None) -> Shaped[Tensor, "*shape"] | None:
+@torch.no_grad()
+def reduce(x: Shaped[Tensor, "*shape"], target: int, group: Group,
+           traffic: Traffic | None = None) -> Shaped[Tensor, "*shape"] | None:
     """The sum over ranks on the target, None elsewhere: the tree of `broadcast_tree` from its leaves to its root.
 
     Cost: every rank but the target sends 1 message of N bytes. ⌈log2 P⌉ rounds.
     """
-    _agree("reduce", x, group)
+    compare("reduce", x, group)
     size, total = dist.get_world_size(group), x.clone()
     mine = (dist.get_rank(group) - target) % size
     reach = 1
@@ -82,12 +90,14 @@ def reduce(x: Shaped[Tensor, "*shape"], target: int, group: Group, traffic: Traf
     return total
 
 
-def scatter(x: Shaped[Tensor, "N *rest"], source: int, group: Group, traffic: Traffic | None = None) -> Shaped[Tensor, "N_local *rest"]:
+@torch.no_grad()
+def scatter(x: Shaped[Tensor, "N *rest"], source: int, group: Group,
+            traffic: Traffic | None = None) -> Shaped[Tensor, "N_local *rest"]:
     """Chunk `rank` of the source's x; the others give a tensor of the same shape.
 
     Cost: the source sends P-1 messages, N bytes less its own chunk; the others nothing.
     """
-    _agree("scatter", x, group)
+    compare("scatter", x, group)
     rank, chunks = dist.get_rank(group), x.tensor_split(dist.get_world_size(group))
     mine = chunks[rank].clone()
     if rank == source:
@@ -97,13 +107,14 @@ def scatter(x: Shaped[Tensor, "N *rest"], source: int, group: Group, traffic: Tr
     return mine
 
 
+@torch.no_grad()
 def gather(part: Shaped[Tensor, "N_local *rest"], target: int, group: Group, rows: int | None = None,
            traffic: Traffic | None = None) -> Shaped[Tensor, "N *rest"] | None:
     """All parts one after another on the target, None elsewhere. rows: N, if it is not P times this part's.
 
     Cost: every rank but the target sends 1 message, its part.   Raises: ValueError if the part is not chunk-sized.
     """
-    _agree("gather", part[:0], group)
+    compare("gather", part[:0], group)
     rank = dist.get_rank(group)
     if rank != target:
         _room_for(part, group, rows)
@@ -114,12 +125,14 @@ def gather(part: Shaped[Tensor, "N_local *rest"], target: int, group: Group, row
     return out
 
 
-def ring_reduce_scatter(x: Shaped[Tensor, "N *rest"], group: Group, traffic: Traffic | None = None) -> Shaped[Tensor, "N_local *rest"]:
+@torch.no_grad()
+def ring_reduce_scatter(x: Shaped[Tensor, "N *rest"], group: Group,
+                        traffic: Traffic | None = None) -> Shaped[Tensor, "N_local *rest"]:
     """Chunk `rank` of the sum over ranks. Partial sums go round the ring; each rank adds its own chunk and passes them on.
 
     Cost: P-1 messages, N bytes less chunk `rank`: (P-1)/P · N where P divides.
     """
-    _agree("ring_reduce_scatter", x, group)
+    compare("ring_reduce_scatter", x, group)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     chunks = x.tensor_split(size)
     partial = chunks[(rank - 1) % size].clone()
@@ -131,6 +144,7 @@ def ring_reduce_scatter(x: Shaped[Tensor, "N *rest"], group: Group, traffic: Tra
     return partial
 
 
+@torch.no_grad()
 def ring_all_gather(part: Shaped[Tensor, "N_local *rest"], group: Group, rows: int | None = None,
                     traffic: Traffic | None = None) -> Shaped[Tensor, "N *rest"]:
     """All parts one after another on every rank: each goes once round the ring. rows: N, if it is not P times this part's.
@@ -138,7 +152,7 @@ def ring_all_gather(part: Shaped[Tensor, "N_local *rest"], group: Group, rows: i
     Cost: P-1 messages, N bytes less chunk `rank + 1`: (P-1)/P · N where P divides.
     Raises: ValueError if the part is not the size of chunk `rank`.
     """
-    _agree("ring_all_gather", part[:0], group)
+    compare("ring_all_gather", part[:0], group)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     out, chunks = _room_for(part, group, rows)
     for step in range(size - 1):
@@ -147,25 +161,28 @@ def ring_all_gather(part: Shaped[Tensor, "N_local *rest"], group: Group, rows: i
     return out
 
 
+@torch.no_grad()
 def ring_all_reduce(x: Shaped[Tensor, "*shape"], group: Group, traffic: Traffic | None = None) -> Shaped[Tensor, "*shape"]:
     """The sum over ranks on every rank: reduce-scatter, then all-gather, of the elements in a row.
 
     Cost: 2(P-1) messages, 2N bytes less chunks `rank` and `rank + 1`: 2(P-1)/P · N where P divides, which no
     algorithm undercuts. 2(P-1) rounds.
     """
-    _agree("ring_all_reduce", x, group)
+    compare("ring_all_reduce", x, group)
     part = ring_reduce_scatter(x.reshape(-1), group, traffic)
     return ring_all_gather(part, group, x.numel(), traffic).reshape(x.shape)
 
 
-def doubling_all_reduce(x: Shaped[Tensor, "*shape"], group: Group, traffic: Traffic | None = None) -> Shaped[Tensor, "*shape"]:
+@torch.no_grad()
+def doubling_all_reduce(x: Shaped[Tensor, "*shape"], group: Group,
+                        traffic: Traffic | None = None) -> Shaped[Tensor, "*shape"]:
     """The sum over ranks on every rank by recursive doubling: partners at distance 1, 2, 4 ... swap whole sums.
 
     Fewer rounds than the ring and more bytes: for small tensors. With Q the largest power of two up to P, the first
     2(P-Q) ranks pair up: the even one lends its numbers to the odd one and gets the sum back at the end.
     Cost: log2 Q messages of N bytes; 1 for a rank that lends, log2 Q + 1 for one that is lent to.
     """
-    _agree("doubling_all_reduce", x, group)
+    compare("doubling_all_reduce", x, group)
     rank, size, total = dist.get_rank(group), dist.get_world_size(group), x.clone()
     power = 1 << (size.bit_length() - 1)
     pairs = size - power
@@ -190,13 +207,15 @@ def doubling_all_reduce(x: Shaped[Tensor, "*shape"], group: Group, traffic: Traf
     return total
 
 
-def all_to_all(parts: Sequence[Tensor], group: Group, rows: Sequence[int] | None = None, traffic: Traffic | None = None) -> list[Tensor]:
+@torch.no_grad()
+def all_to_all(parts: Sequence[Tensor], group: Group, rows: Sequence[int] | None = None,
+               traffic: Traffic | None = None) -> list[Tensor]:
     """parts[i] goes to rank i; returns what each rank sent here. rows: of what comes from each, if not as parts[rank].
 
     Cost: P-1 messages, the bytes of all parts but parts[rank]: (P-1)/P · N where they are equal.
     Raises: ValueError unless there is a part, and a number of rows, for every rank.
     """
-    _agree("all_to_all", parts[0][:0], group)
+    compare("all_to_all", parts[0][:0], group)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     rows = [len(parts[rank])] * size if rows is None else rows
     if not len(parts) == len(rows) == size:
@@ -215,7 +234,7 @@ def _exchange(group: Group, traffic: Traffic | None, send: Sequence[tuple[Tensor
     sends = [(tensor.contiguous(), to) for tensor, to in send]
     work = [dist.P2POp(dist.isend, tensor, group=group, group_peer=to) for tensor, to in sends]
     work += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=source) for tensor, source in receive]
-    for request in dist.batch_isend_irecv(work):
+    for request in dist.batch_isend_irecv(work) if work else ():  # a group of one has nothing to send
         request.wait()
     if traffic is not None:
         traffic.messages += len(sends)
@@ -232,17 +251,3 @@ def _room_for(part: Tensor, group: Group, rows: int | None) -> tuple[Tensor, tup
                          f"{len(chunks[rank])}.")
     chunks[rank].copy_(part)
     return out, chunks
-
-
-def _agree(name: str, x: Tensor, group: Group) -> None:
-    """In checked mode (see `launch`), compare what the ranks call, and with what, before anything is sent.
-
-    Raises: ValueError on every rank if they differ.
-    """
-    if dist.get_debug_level() != dist.DebugLevel.DETAIL:
-        return
-    calls = [None] * dist.get_world_size(group)
-    dist.all_gather_object(calls, f"{name} on {str(x.dtype).removeprefix('torch.')}{list(x.shape)}", group=group)
-    if len(set(calls)) > 1:
-        told = "; ".join(f"rank {rank} called {call}" for rank, call in enumerate(calls))
-        raise ValueError(f"the ranks called collectives that do not match: {told}.")

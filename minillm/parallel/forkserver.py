@@ -103,7 +103,7 @@ def _report_deaths(sessions: list[Session]) -> None:
 
 
 def _fork_ranks(folder: str, descriptors: list[int], ours: list[int]) -> Session:
-    """Fork one process per rank. descriptors: the session's own, then STREAMS for each rank; ours: what no rank may keep."""
+    """Fork one process per rank. descriptors: the session's, then STREAMS for each rank; ours: what no rank may keep."""
     session = Session(socket.socket(fileno=descriptors[0]), folder)
     ranks = [descriptors[i:i + STREAMS] for i in range(1, len(descriptors), STREAMS)]
     for rank, streams in enumerate(ranks):
@@ -146,7 +146,9 @@ class Server:
         if not self.requests.recv(16):
             self.process.wait()
             self.errors.seek(0)
-            raise RuntimeError(f"the process that ranks are forked from did not start: {self.errors.read().decode()[-2000:]}")
+            words = self.errors.read().decode()[-2000:]
+            self.stop()
+            raise RuntimeError(f"the process that ranks are forked from did not start: {words}")
 
     def usable(self) -> bool:
         """Started by this very process (not by one that it was forked from), and alive."""
@@ -157,9 +159,11 @@ class Server:
         socket.send_fds(self.requests, [json.dumps({"folder": folder}).encode()], descriptors)
 
     def stop(self) -> None:
-        """End the server and every rank it has."""
+        """End the server and every rank it has; in a fork of the caller, only let go of it."""
         self.requests.close()
-        self.process.wait()
+        self.errors.close()
+        if self.owner == os.getpid():
+            self.process.wait()
 
 
 _first: list[str] = []  # what `preload` asked for
@@ -171,8 +175,10 @@ def fork_ranks(count: int, folder: str) -> tuple[socket.socket, list[tuple[socke
     """Start `count` ranks. Returns the session's socket, each rank's (channel, output, errors), and the pids and group."""
     global _running
     with _starting:
-        if _running is None or not _running.usable():
-            _running = Server()
+        if _running is not None and not _running.usable():
+            _running.stop()
+            _running = None
+        _running = _running or Server()
         control, theirs = socket.socketpair()
         given, kept = [theirs.fileno()], []
         ends = [theirs]
@@ -197,7 +203,7 @@ def preload(module: str) -> None:
     with _starting:
         if module not in _first:
             _first.append(module)
-            if _running is not None and _running.usable():
+            if _running is not None:
                 _running.stop()
             _running = None
 

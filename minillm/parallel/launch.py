@@ -22,9 +22,8 @@ def launch(fn: Callable, ranks: int, *args, backend: str = "auto", timeout: floa
     ended, rank by rank. Generators start from seed 0 on every rank; each rank uses one thread.
     backend: "nccl" (one GPU a rank), "gloo" (CPU), or "auto": nccl where there is a GPU for every rank.
     timeout: seconds until the call ends with an error, whatever the ranks do.
-    checked: every collective is compared across ranks before it runs (torch's own, and those of collectives.py), so that
-    different shapes are an error at once and not a hang or a wrong number. It about doubles the time of small ones, and
-    torch 2.13 crashes in DistributedDataParallel under it. Ranks that wait for one another are found without it too.
+    checked: every collective is compared across ranks before it runs (see checked.py), so that different shapes are an
+    error at once and not a hang or a wrong number. Ranks that wait for one another are found without it too.
     Where a world exists already (torchrun, or inside a rank), runs fn on this rank of it and gathers all results.
     Raises: RankError if a rank raises, dies, or does not return in time, and if all wait for one another; ValueError
     for a number of ranks that the existing world does not have, or a backend that this machine does not have.
@@ -39,9 +38,9 @@ def _in_this_world(fn: Callable, ranks: int, args: tuple, backend: str, timeout:
     """Run on the rank that this process is, and gather every rank's result."""
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     if size != ranks:
-        raise ValueError(f"launch was asked for {ranks} ranks inside a world of {size} (WORLD_SIZE = {size}, set by torchrun or by "
-                         f"whoever started this process): start {ranks} with torchrun --nproc-per-node, or unset RANK and "
-                         f"WORLD_SIZE to start ranks on this machine.")
+        raise ValueError(f"launch was asked for {ranks} ranks inside a world of {size} (WORLD_SIZE = {size}, set by torchrun "
+                         f"or by whoever started this process): start {ranks} with torchrun --nproc-per-node, or unset RANK "
+                         f"and WORLD_SIZE to start ranks on this machine.")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     started = dist.is_initialized()
     rank = dist.get_rank() if started else int(os.environ["RANK"])

@@ -29,7 +29,8 @@ LOOKS, APART = 4, 0.5  # ranks found at the same place so often, so many seconds
 IDLE = 0.01  # of the time between two looks: less CPU time than that is none
 SAME_CAUSE = 0.2  # seconds in which other ranks may fail of the same cause, and are told together
 ANSWER = 1.0  # seconds for a rank to say where it is
-LOG_PREFIX = re.compile(r"^\[rank\d+\]:\[?[A-Z]\d{4} [\d:.]+ +\d+ ?")  # torch's: rank, time and process make equal lines differ
+# Rank, time and process make torch's equal lines differ.
+LOG_PREFIX = re.compile(r"^\[rank\d+\]:\[?[A-Z]\d{4} [\d:.]+ +\d+ ?")
 
 
 class Ranks:
@@ -68,8 +69,8 @@ class Ranks:
         try:
             packed = pack((fn, args, cells))
         except Exception as error:
-            raise TypeError(f"the function or an argument cannot be sent to the ranks: {error}. Make inside the function what "
-                            f"belongs to one process, such as locks, open files and groups.") from error
+            raise TypeError(f"the function or an argument cannot be sent to the ranks: {error}. Make inside the function "
+                            f"what belongs to one process, such as locks, open files and groups.") from error
         call = Call(self.size, heard=time.monotonic())
         try:
             for rank in range(self.size):
@@ -221,7 +222,7 @@ class Ranks:
             if rank in call.open():
                 call.deaths[rank] = code
 
-    def _last_words(self, rank: int, most: int = 15) -> str:
+    def _last_words(self, rank: int, most: int = 40) -> str:
         lines = self._text["stderr", rank].decode(errors="replace").splitlines()
         return "\n".join([line for line in lines if line and not line.startswith("Extension modules")][-most:])
 

@@ -15,11 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from minillm.config import ParallelConfig
 
-AXES = {"pp": "pipeline", "dp": "data", "ep": "expert", "cp": "context", "tp": "tensor"}  # slowest first, as DeviceMesh wants
+# Slowest first, as DeviceMesh wants them.
+AXES = {"pp": "pipeline", "dp": "data", "ep": "expert", "cp": "context", "tp": "tensor"}
 
 
 def layout(world: int, **degrees: int) -> dict[str, int]:
-    """The size of each axis, slowest first: those given, and dp where it is not given, which takes the ranks that are left.
+    """The size of each axis, slowest first: those given, and dp, which takes the ranks that are left if it is not given.
 
     Raises: ValueError for an unknown axis, a degree below 1, or degrees whose product is not the world size.
     """
@@ -30,7 +31,8 @@ def layout(world: int, **degrees: int) -> dict[str, int]:
             raise ValueError(f"{axis} = {degree}: every axis needs at least 1 rank.")
     product, written = math.prod(degrees.values()), " · ".join(f"{axis} = {degree}" for axis, degree in degrees.items())
     if world < 1 or world % product or ("dp" in degrees and world != product):
-        raise ValueError(f"{written or 'no axis'} makes {product} ranks, which do not fill a world of {world}. {_nearest(world, product, degrees)}")
+        raise ValueError(f"{written or 'No axis'} makes {product} ranks, which do not fill a world of {world}. "
+                         f"{_nearest(world, product, degrees)}")
     sizes = {"dp": world // product, **degrees}
     return {axis: sizes[axis] for axis in AXES if axis in sizes}
 

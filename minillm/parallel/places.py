@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch.distributed
 
 OURS = str(Path(__file__).resolve().parents[1])
-HERE = tuple(os.path.join(OURS, "parallel", name) for name in ("rank.py", "forkserver.py", "launch.py", "live.py", "channel.py"))
+MACHINERY = ("rank.py", "forkserver.py", "launch.py", "live.py", "channel.py", "checked.py")
+HERE = tuple(os.path.join(OURS, "parallel", name) for name in MACHINERY)
+CHECKED = os.path.join(OURS, "parallel", "checked.py")
 LIBRARIES = tuple({os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
 TORCH = os.path.realpath(os.path.dirname(torch.distributed.__file__))
 WAITS = (".wait(", ".backward(", "synchronize(")  # calls into C that Python's stack does not show
@@ -37,9 +39,11 @@ def users_frame(frames: Sequence[Frame]) -> int | None:
     for index, frame in enumerate(frames):
         real = os.path.realpath(frame.file)
         if real.startswith(OURS + os.sep):
+            if real == HERE[0]:  # from here on outwards, all is machinery
+                return None
             if real not in HERE:
                 return index
-        elif not real.startswith(LIBRARIES) and not frame.file.startswith("<frozen"):
+        elif not real.startswith(LIBRARIES) and not frame.file.startswith(("<frozen", "<@beartype")):
             return index
     return None
 
@@ -52,6 +56,8 @@ def waiting_call(frames: Sequence[Frame]) -> str | None:
     user = users_frame(frames)
     if user is None:
         return None
+    if any(os.path.realpath(frame.file) == CHECKED for frame in frames[:user]):
+        return "the comparison of checked mode"
     called = [frame.function for frame in frames[:user] if os.path.realpath(frame.file).startswith(TORCH)
               and frame.function != "wrapper"]
     if called:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from minillm.parallel.channel import Channel, unpack
+from minillm.parallel.checked import switch_on
 from minillm.parallel.places import Frame, frames_of
 
 BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}  # with NCCL, tensors on the CPU still travel by gloo
@@ -71,8 +72,8 @@ def join_world(rank: int, size: int, backend: str, timeout: float, checked: bool
                store: dist.Store | None = None) -> Rank:
     """Join the process group of this world: through `store`, or as the environment says (torchrun)."""
     torch.set_num_threads(1)
-    # In checked mode torch compares the name and shapes of every collective across ranks before running it.
-    dist.set_debug_level(dist.DebugLevel.DETAIL if checked else dist.DebugLevel.OFF)
+    if checked:
+        switch_on()
     device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -133,9 +134,10 @@ def _join_forked(rank: int, size: int, backend: str, timeout: float, checked: bo
         os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
     os.chdir(caller["folder"])
     sys.path[:] = caller["path"]
+    me = join_world(rank, size, backend, timeout, checked, rank, dist.FileStore(os.path.join(folder, "store"), size))
     random.seed(0)  # else every rank would continue the server's sequence, which differs from run to run
     torch.manual_seed(0)
-    return join_world(rank, size, backend, timeout, checked, rank, dist.FileStore(os.path.join(folder, "store"), size))
+    return me
 
 
 def _call(me: Rank | None, packed: bytes):
@@ -148,10 +150,10 @@ def _call(me: Rank | None, packed: bytes):
 
 
 def _failure(error: BaseException) -> Failure:
-    # the first frames are this file's own
-    trace = error.__traceback__
-    while trace.tb_next and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next
+    trace = step = error.__traceback__
+    while step.tb_next:  # leave out the frames up to this file's last one
+        trace = step.tb_next if step.tb_frame.f_code.co_filename == __file__ else trace
+        step = step.tb_next
     lines = traceback.format_exception(type(error), error, trace)
     return Failure(type(error).__name__, str(error), "".join(lines), frames_of(traceback.walk_tb(trace))[::-1])
 

@@ -3,15 +3,12 @@
 `Call` records what became of one function on all ranks; its `error` is a pure function of that record.
 """
 
-import re
 import signal
 from dataclasses import dataclass, field
 
+from minillm.parallel.checked import Mismatch
 from minillm.parallel.places import Frame, place, several, together, waiting_call, whereabouts
 from minillm.parallel.rank import Failure
-
-FINGERPRINT = re.compile(r"Rank \d+ is running collective: CollectiveFingerPrint\((?:SequenceNumber=\d+, )?OpType=(\w+)"
-                         r"(?:, TensorShape=(\[[\d, ]*\]), TensorDtypes=(\w+))?")
 
 
 class RankError(RuntimeError):
@@ -46,12 +43,12 @@ class Call:
             words = self.last_words.get(first)
             return RankError(f"rank {first} of {self.size} {_ended(code)}{self._others(first)}."
                              + (f" Its last words on standard error:\n{words}" if words else ""), sorted(self.deaths))
-        if self.failures and all(FINGERPRINT.search(failure.text) for failure in self.failures.values()):
-            return self._mismatch()
         if self.failures:
             first, failure = next(iter(self.failures.items()))
-            return RankError(f"rank {first} of {self.size} raised {failure.kind} in {place(failure.frames)}{self._others(first)}. "
-                             f"Rank {first}'s traceback:\n{failure.traceback}", sorted(self.failures))
+            if failure.kind == Mismatch.__name__:  # says what every rank did
+                return RankError(failure.text, sorted(self.failures))
+            return RankError(f"rank {first} of {self.size} raised {failure.kind} in {place(failure.frames)}"
+                             f"{self._others(first)}. Rank {first}'s traceback:\n{failure.traceback}", sorted(self.failures))
         if self.deadlocked:
             return RankError(f"the ranks wait for one another and none can go on: {self._doing()}. All have been stopped. "
                              f"Every rank of a group must call the same collectives in the same order with the same shapes, "
@@ -61,18 +58,6 @@ class Call:
             return RankError(f"{several(late)} of {self.size} did not return within {timeout:g} s: {self._doing()}. "
                              f"All have been stopped; timeout= sets the limit.", late)
         return None
-
-    def _mismatch(self) -> RankError:
-        """Torch's checked mode found that ranks called different collectives, or with different shapes."""
-        calls = {}
-        for rank, failure in self.failures.items():
-            name, shape, dtype = FINGERPRINT.search(failure.text).groups()
-            what = (waiting_call(failure.frames) or name.lower()) + (f" on {dtype.lower()}{shape}" if shape else "")
-            calls[rank] = f"called {what} in {place(failure.frames)}"
-        rest = self._doing()
-        return RankError(f"the ranks called collectives that do not match: {together(calls)}{'; ' + rest if rest else ''}. Every "
-                         f"rank of a group must call the same collectives in the same order with the same shapes.",
-                         sorted(self.failures))
 
     def _others(self, first: int) -> str:
         """What all but the first failing rank did, with its punctuation."""

@@ -5,7 +5,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 
-from minillm.course.plots import COLOURS, STYLES, bars, loss_curve, use_style
+from minillm.course.plots import COLOURS, STYLES, bars, loss_curve, mesh_picture, use_style
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +75,15 @@ def test_tables_stand_side_by_side():
     from minillm.course.plots import tables
     axes = tables({"one": torch.eye(3), "two": torch.ones(3, 3)}, labels=["x", "y", "z"])
     assert [ax.get_title() or ax.get_title(loc="left") for ax in axes] == ["one", "two"] and axes[0].images[0].get_array().shape == (3, 3)
+
+
+def test_the_picture_of_a_mesh_frames_tensor_groups_and_colours_data_groups():
+    ax = mesh_picture(16, tp=2, pp=4, dp=2)
+    framed = [patch for patch in ax.patches if patch.get_facecolor()[3] == 0]
+    squares = {int(text.get_text()): patch for text, patch in
+               zip([t for t in ax.texts if t.get_text().isdigit()], [p for p in ax.patches if p.get_facecolor()[3]], strict=True)}
+    assert len(framed) == 8 and len(squares) == 16 and {patch.get_width() for patch in framed} == {2}
+    colour = {rank: square.get_facecolor() for rank, square in squares.items()}
+    assert colour[0] == colour[2] != colour[1] == colour[3] and colour[4] == colour[6] != colour[0]
+    assert squares[0].get_x() == squares[4].get_x() == squares[12].get_x()  # a pipeline group is a column
+    assert not any("stage" in text.get_text() for text in mesh_picture(4, tp=2).texts)

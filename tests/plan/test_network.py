@@ -147,33 +147,32 @@ def test_times_that_are_no_link(sizes, seconds, words):
         fit_link(sizes, seconds)
 
 
-def _count(me, elements: int) -> dict[str, tuple[int, int]]:
-    """What this rank sends in every collective of collectives.py, on float32 and root 1."""
-    x, counted = torch.ones(elements), {}
-    chunk = x.tensor_split(me.size)[me.rank]
-    calls = {
-        "broadcast_naive": lambda t: collectives.broadcast_naive(x, 1, me.group, t),
-        "broadcast_tree": lambda t: collectives.broadcast_tree(x, 1, me.group, t),
-        "reduce": lambda t: collectives.reduce(x, 1, me.group, t),
-        "scatter": lambda t: collectives.scatter(x, 1, me.group, t),
-        "gather": lambda t: collectives.gather(chunk, 1, me.group, elements, t),
-        "ring_reduce_scatter": lambda t: collectives.ring_reduce_scatter(x, me.group, t),
-        "ring_all_gather": lambda t: collectives.ring_all_gather(chunk, me.group, elements, t),
-        "ring_all_reduce": lambda t: collectives.ring_all_reduce(x, me.group, t),
-        "doubling_all_reduce": lambda t: collectives.doubling_all_reduce(x, me.group, t),
-        "all_to_all": lambda t: collectives.all_to_all(x.tensor_split(me.size), me.group, [len(chunk)] * me.size, t),
-    }
-    for name, call in calls.items():
-        counter = collectives.Traffic()
-        call(counter)
-        counted[name] = (counter.messages, counter.bytes)
-    return counted
-
-
 @pytest.mark.parametrize(("ranks", "elements"), [(2, 7), (3, 10), (4, 18)])  # that divide and that do not
 def test_predictions_are_what_the_collectives_send(ranks, elements):
     """Exactly: messages and bytes of every rank, against the counters of minillm/parallel/collectives.py."""
-    counted = launch(_count, ranks, elements)
+    def count(me, elements: int) -> dict[str, tuple[int, int]]:
+        """What this rank sends in every collective of collectives.py, on float32 and root 1."""
+        x, counted = torch.ones(elements), {}
+        chunk = x.tensor_split(me.size)[me.rank]
+        calls = {
+            "broadcast_naive": lambda t: collectives.broadcast_naive(x, 1, me.group, t),
+            "broadcast_tree": lambda t: collectives.broadcast_tree(x, 1, me.group, t),
+            "reduce": lambda t: collectives.reduce(x, 1, me.group, t),
+            "scatter": lambda t: collectives.scatter(x, 1, me.group, t),
+            "gather": lambda t: collectives.gather(chunk, 1, me.group, elements, t),
+            "ring_reduce_scatter": lambda t: collectives.ring_reduce_scatter(x, me.group, t),
+            "ring_all_gather": lambda t: collectives.ring_all_gather(chunk, me.group, elements, t),
+            "ring_all_reduce": lambda t: collectives.ring_all_reduce(x, me.group, t),
+            "doubling_all_reduce": lambda t: collectives.doubling_all_reduce(x, me.group, t),
+            "all_to_all": lambda t: collectives.all_to_all(x.tensor_split(me.size), me.group, [len(chunk)] * me.size, t),
+        }
+        for name, call in calls.items():
+            counter = collectives.Traffic()
+            call(counter)
+            counted[name] = (counter.messages, counter.bytes)
+        return counted
+
+    counted = launch(count, ranks, elements)
     for name in counted[0]:
         sent = traffic(rounds_of(name, 4 * elements, ranks, item=4, root=1), ranks)
         assert [rank[name] for rank in counted] == list(zip(sent.messages, sent.bytes)), name

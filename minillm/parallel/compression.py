@@ -49,7 +49,8 @@ def orthogonalise(matrix: Float[Tensor, "N R"]) -> Float[Tensor, "N R"]:
     return torch.stack(done, dim=1)
 
 
-def power_step(matrix: Float[Tensor, "N M"], q: Float[Tensor, "M R"], peers: Peers) -> tuple[Float[Tensor, "N R"], Float[Tensor, "M R"]]:
+def power_step(matrix: Float[Tensor, "N M"], q: Float[Tensor, "M R"],
+               peers: Peers) -> tuple[Float[Tensor, "N R"], Float[Tensor, "M R"]]:
     """(P, Q) with P Qᵀ near the mean of all workers' matrices: one step of the power method from the given q.
 
     Only M·q and Mᵀ·P are averaged, and both are linear in M: the result is that of the mean matrix, which nobody holds.
@@ -59,7 +60,8 @@ def power_step(matrix: Float[Tensor, "N M"], q: Float[Tensor, "M R"], peers: Pee
     return p, peers.mean(matrix.T @ p)
 
 
-def quantise(x: Float[Tensor, "N"], block: int, generator: torch.Generator) -> tuple[Int8[Tensor, "N"], Float[Tensor, "blocks"]]:
+def quantise(x: Float[Tensor, "N"], block: int,
+             generator: torch.Generator) -> tuple[Int8[Tensor, "N"], Float[Tensor, "blocks"]]:
     """Whole numbers from -127 to 127 and a scale for each block, so that code · scale is x on average.
 
     Each number is rounded up with the probability of its fraction: wrong by less than a scale (the block's largest / 127),

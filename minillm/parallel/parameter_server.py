@@ -73,8 +73,8 @@ class ParameterServer:
     def __init__(self, parameters: Float[Tensor, "N"], workers: int, lr: float, steps: int, staleness: float | None = None,
                  loss: Callable[[Tensor], float] | None = None):
         if workers < 1 or steps < 1 or (staleness is not None and not staleness >= 0):
-            raise ValueError(f"workers = {workers}, steps = {steps}, staleness = {staleness}: the first two must be at least 1, the "
-                             f"third None or at least 0.")
+            raise ValueError(f"workers = {workers}, steps = {steps}, staleness = {staleness}: the first two must be at least 1, "
+                             f"the third None or at least 0.")
         self.parameters, self.workers, self.lr, self.steps = parameters.clone(), workers, lr, steps
         self.synchronous, self.bound, self.loss = staleness is None, 0 if staleness is None else staleness, loss
         self.updates: list[Update] = []
@@ -92,8 +92,9 @@ class ParameterServer:
     def ready(self) -> list[int]:
         """The workers that wait for an answer and may have one now; asking makes them wait no longer."""
         slowest = min(self.clocks.values(), default=0)
+        at_end = set() if self.synchronous else {worker for worker, clock in self.clocks.items() if clock == self.steps}
         going = [worker for worker in sorted(self._waiting)
-                 if self.clocks[worker] - slowest <= self.bound or (self.clocks[worker] == self.steps and not self.synchronous)]
+                 if self.clocks[worker] - slowest <= self.bound or worker in at_end]
         for worker in going:
             self._waiting.remove(worker)
             self._pulled[worker] = len(self.updates)
@@ -102,7 +103,8 @@ class ParameterServer:
     def push(self, worker: int, gradient: Float[Tensor, "N"], seconds: float = 0.0) -> None:
         """A worker's gradient has arrived. Raises: ValueError if it was lost, or has not been answered since its last."""
         if worker not in self.clocks or worker in self._waiting or self.clocks[worker] == self.steps:
-            raise ValueError(f"worker {worker} cannot push now: it is lost, waits for an answer, or has made its {self.steps} steps.")
+            raise ValueError(f"worker {worker} cannot push now: it is lost, waits for an answer, or has made its {self.steps} "
+                             f"steps.")
         self.clocks[worker] += 1
         self._waiting.add(worker)
         if self.synchronous:
@@ -159,7 +161,7 @@ def simulate_clock(server: ParameterServer, gradient: Gradient, duration: Callab
             server.push(worker, gradient(parameters, worker, server.clocks[worker]), now)
 
 
-def train(me: Rank, server: ParameterServer, gradient: Gradient, patience: float = 30.0,
+def train_with_server(me: Rank, server: ParameterServer, gradient: Gradient, patience: float = 30.0,
           traffic: Traffic | None = None) -> Result | None:
     """On every rank: rank 0 serves, rank r is worker r - 1. Returns the result on rank 0, None elsewhere.
 
@@ -191,7 +193,7 @@ def work(me: Rank, like: Float[Tensor, "N"], gradient: Gradient, traffic: Traffi
 
 
 def serve(me: Rank, server: ParameterServer, patience: float = 30.0, traffic: Traffic | None = None) -> Result:
-    """The server, on rank 0. A worker whose connection breaks, or that is silent for `patience` seconds, is lost, and the rest go on.
+    """The server, on rank 0. A worker is lost when its connection breaks or it is silent for `patience` seconds; the rest go on.
 
     A thread for each worker waits for its pushes: to wait with a time limit would end all of gloo's connections. A worker that
     was only slow is told to stop when it comes back; do not use a rank that never did for other work with the server.

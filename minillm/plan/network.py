@@ -48,7 +48,7 @@ class Link:
         return self.alpha * self.bandwidth
 
 
-_NCCL = "α: NCCL 2.18, tuning.cc, hwLat of a ring's step (protocol Simple)"
+_NCCL = "α: NCCL 2.19, src/graph/tuning.cc: hwLat of a ring, protocol Simple"
 
 LINKS = {
     "nvlink-3": Link(3.4e-6, 300 * GB, f"NVIDIA A100 white paper (2020): 12 links of 25 GB/s; {_NCCL}"),
@@ -70,7 +70,8 @@ it is: most of it is the GPU's and the library's (a ConnectX-6 takes less than 0
 def find_link(name: str) -> Link:
     """The link of that name. Raises: ValueError for an unknown name, with the nearest known one."""
     if name not in LINKS:
-        near = [known for known in LINKS if name and known.startswith(name)] or difflib.get_close_matches(name, LINKS, n=1, cutoff=0.5)
+        begun = [known for known in LINKS if name and known.startswith(name)]
+        near = begun or difflib.get_close_matches(name, LINKS, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no link is called {name!r}.{hint} There are: {', '.join(LINKS)}. Or give Link(alpha, bandwidth).")
     return LINKS[name]
@@ -104,13 +105,10 @@ def rounds_of(algorithm: str, size: int, ranks: int, item: int = 1, root: int = 
     element, or a row.  root: the source of a broadcast or scatter, the target of a reduce or gather.
     Raises: ValueError for an unknown algorithm, no ranks, a size that is not whole items, or a root that is no rank.
     """
-    if algorithm not in COSTS:
-        near = difflib.get_close_matches(algorithm, COSTS, n=1)
-        raise ValueError(f"no algorithm is called {algorithm!r}.{f' Did you mean {near[0]!r}?' if near else ''} "
-                         f"There are: {', '.join(COSTS)}.")
-    if ranks < 1 or size < 0 or item < 1 or size % item or not 0 <= root < ranks:
-        raise ValueError(f"{size} bytes in items of {item} on {ranks} ranks with root {root}: ranks must be at least 1, size a "
-                         f"multiple of item, root from 0 to ranks - 1.")
+    _cost(algorithm, ranks)
+    if size < 0 or item < 1 or size % item or not 0 <= root < ranks:
+        raise ValueError(f"{size} bytes in items of {item} on {ranks} ranks with root {root}: size must be a multiple of "
+                         f"item, root from 0 to ranks - 1.")
     if algorithm in ("broadcast_naive", "broadcast_tree", "reduce", "tree_all_reduce"):
         return _ROOTED[algorithm](size, ranks, root)
     if algorithm in ("doubling_all_reduce", "halving_all_reduce"):
@@ -225,8 +223,11 @@ equal. halving_all_reduce is Rabenseifner's: recursive halving, then recursive d
 
 
 def predict(algorithm: str, size: float, ranks: int, link: Link) -> float:
-    """Seconds: rounds·α + factor·size·β, from `COSTS`. For any size; `seconds_of(rounds_of(...))` where chunks are unequal."""
-    rounds, factor = COSTS[algorithm](ranks)
+    """Seconds: rounds·α + factor·size·β, from `COSTS`. For any size; `seconds_of(rounds_of(...))` where chunks are unequal.
+
+    Raises: ValueError for an unknown algorithm or no ranks.
+    """
+    rounds, factor = _cost(algorithm, ranks)
     return rounds * link.alpha + factor * size * link.beta
 
 
@@ -235,14 +236,27 @@ def crossover(few_rounds: str, few_bytes: str, ranks: int, link: Link) -> float:
 
     0 where it always is, infinity where it never is. Source: the two lines a + b·n of `COSTS`, which meet once.
     """
-    (rounds, factor), (more_rounds, less) = COSTS[few_rounds](ranks), COSTS[few_bytes](ranks)
+    (rounds, factor), (more_rounds, less) = _cost(few_rounds, ranks), _cost(few_bytes, ranks)
     if factor <= less:
         return math.inf
     return max(0.0, (more_rounds - rounds) / (factor - less) * link.alpha * link.bandwidth)
 
 
-BUS_FACTORS = {"all_reduce": lambda P: 2 * (P - 1) / P, "reduce_scatter": lambda P: (P - 1) / P, "all_gather": lambda P: (P - 1) / P,
-               "all_to_all": lambda P: (P - 1) / P, "broadcast": lambda P: 1.0, "reduce": lambda P: 1.0}
+def _cost(algorithm: str, ranks: int) -> tuple[int, float]:
+    """From `COSTS`. Raises: ValueError for an unknown algorithm, with the nearest known one, or no ranks."""
+    if algorithm not in COSTS:
+        near = difflib.get_close_matches(algorithm, COSTS, n=1)
+        raise ValueError(f"no algorithm is called {algorithm!r}.{f' Did you mean {near[0]!r}?' if near else ''} "
+                         f"There are: {', '.join(COSTS)}.")
+    if ranks < 1:
+        raise ValueError(f"ranks = {ranks}: at least 1 is needed.")
+    return COSTS[algorithm](ranks)
+
+
+BUS_FACTORS = {"all_reduce": lambda P: 2 * (P - 1) / P, "reduce_scatter": lambda P: (P - 1) / P,
+               "all_gather": lambda P: (P - 1) / P, "all_to_all": lambda P: (P - 1) / P,
+               "broadcast": lambda P: 1.0, "reduce": lambda P: 1.0}
+"""By collective: how many times its bytes the busiest link must carry, at least."""
 
 
 def bus_bandwidth(collective: str, size: float, seconds: float, ranks: int) -> float:
@@ -271,13 +285,15 @@ def fit_link(sizes: Sequence[float], seconds: Sequence[float]) -> Fit:
     Raises: ValueError for fewer than two different sizes, times that are not above 0, or times that do not grow with size.
     """
     if len(sizes) != len(seconds) or len(set(sizes)) < 2 or min(seconds, default=0) <= 0:
-        raise ValueError(f"{len(set(sizes))} different sizes and {len(seconds)} times, the shortest {min(seconds, default=0)} s: "
-                         f"a link needs a time above 0 for each size, and two different sizes.")
+        raise ValueError(f"{len(set(sizes))} different sizes and {len(seconds)} times, the shortest "
+                         f"{min(seconds, default=0)} s: a link needs a time above 0 for each size, and two different sizes.")
     n, t = torch.tensor(sizes, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64)
-    alpha, beta = torch.linalg.lstsq(torch.stack([1 / t, n / t], dim=1), torch.ones(len(t), 1, dtype=torch.float64)).solution.flatten().tolist()
+    relative = torch.stack([1 / t, n / t], dim=1)  # times (α, β): what the line says over what was measured, which should be 1
+    alpha, beta = torch.linalg.lstsq(relative, torch.ones_like(relative[:, :1])).solution.flatten().tolist()
     if alpha < 0:  # the nearest line from 0 on
         alpha, beta = 0.0, float((n / t).sum() / (n / t).square().sum())
     if beta <= 0:
-        raise ValueError(f"times of {seconds} s for {sizes} bytes do not grow with the size: measure larger messages, or more often.")
+        raise ValueError(f"times of {seconds} s for {sizes} bytes do not grow with the size: measure larger messages, or more "
+                         f"often.")
     error = (alpha + n * beta) / t - 1
     return Fit(Link(alpha, 1 / beta, f"fitted to {len(t)} times"), float(error.square().mean().sqrt()))

@@ -77,8 +77,8 @@ def fat_tree(hosts: int, per_leaf: int, link: Link, oversubscription: float = 1)
     """
     spines = per_leaf / oversubscription
     if hosts < 1 or hosts % per_leaf or spines < 1 or spines != int(spines):
-        raise ValueError(f"{hosts} hosts, {per_leaf} a leaf, oversubscription {oversubscription}: hosts must fill the leaves, and "
-                         f"per_leaf / oversubscription, here {spines:g}, must be a whole number of spines.")
+        raise ValueError(f"{hosts} hosts, {per_leaf} a leaf, oversubscription {oversubscription}: hosts must fill the leaves, "
+                         f"and per_leaf / oversubscription, here {spines:g}, must be a whole number of spines.")
     names = tuple(f"host {i}" for i in range(hosts))
     down = {(name, f"leaf {i // per_leaf}"): link for i, name in enumerate(names)}
     up = {(f"leaf {leaf}", f"spine {spine}"): link for leaf in range(hosts // per_leaf) for spine in range(int(spines))}
@@ -132,7 +132,8 @@ def fair_rates(routes: Sequence[Sequence[Wire]], limits: Sequence[float], wires:
 
     All rates rise together; where a wire is full, or a flow at its limit, those flows stay and the others rise on.
     """
-    rates, rising = [limit if not route else 0.0 for route, limit in zip(routes, limits)], {i for i, route in enumerate(routes) if route}
+    rates = [0.0 if route else limit for route, limit in zip(routes, limits)]
+    rising = {i for i, route in enumerate(routes) if route}
     room = {wire: wires[wire].bandwidth for route in routes for wire in route}
     while rising:
         users = Counter(wire for i in rising for wire in routes[i])
@@ -193,11 +194,12 @@ def run_rounds(topology: Topology, rounds: Rounds, order: Sequence[int] | None =
     """The rounds of a collective (see rounds_of in network.py) on a topology, each as slow as its slowest message.
 
     order: the place on which each rank sits; their own numbers by default.   background: other traffic, all the while.
-    Raises: ValueError if two ranks share a place, or one has none.
+    Raises: ValueError if two ranks share a place or one has none, or for background of finite size.
     """
     order = range(len(topology.places)) if order is None else order
     if len(set(order)) < len(order) or not all(0 <= place < len(topology.places) for place in order):
-        raise ValueError(f"order {list(order)} must name a place of its own, from 0 to {len(topology.places) - 1}, for every rank.")
+        raise ValueError(f"order {list(order)} must name a place of its own, from 0 to {len(topology.places) - 1}, for "
+                         f"every rank.")
     ranks = 1 + max((max(message.source, message.target) for messages in rounds for message in messages), default=-1)
     if ranks > len(order):
         raise ValueError(f"the rounds are for {ranks} ranks, and there are places for {len(order)}.")
@@ -212,7 +214,8 @@ def run_rounds(topology: Topology, rounds: Rounds, order: Sequence[int] | None =
         seconds += times * max(alpha + end for alpha, end in zip(alphas, moved.seconds))
         flowing += times * max(moved.seconds[:len(flows)])
         carried.update({wire: times * size for wire, size in moved.carried.items()})
-    return Run(seconds, {wire: carried[wire] / (flowing * link.bandwidth) if flowing else 0.0 for wire, link in topology.wires.items()})
+    could = {wire: flowing * link.bandwidth for wire, link in topology.wires.items()}
+    return Run(seconds, {wire: carried[wire] / most if most else 0.0 for wire, most in could.items()})
 
 
 def ring_all_reduce_run(topology: Topology, size: float, rings: Sequence[Sequence[int]] | None = None,
@@ -220,7 +223,7 @@ def ring_all_reduce_run(topology: Topology, size: float, rings: Sequence[Sequenc
     """A ring all-reduce of `size` bytes on a topology: 2(P-1) equal rounds in which every rank sends size/P to the next.
 
     rings: several orders of the places; each carries an equal part of the bytes, all at once (NCCL's channels). One ring in
-    the order of the places by default.   Raises: ValueError if a ring visits a place twice, or the rings are of several lengths.
+    the order of the places by default.   Raises: ValueError if a ring visits a place twice, or lengths differ.
     """
     rings = [range(len(topology.places))] if rings is None else rings
     ranks = len(rings[0])

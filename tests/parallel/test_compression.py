@@ -5,7 +5,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from minillm.parallel.collectives import Traffic
-from minillm.parallel.compression import EightBit, PowerSGD, TopK, dequantise, largest, orthogonalise, power_step, quantise, spread
+from minillm.parallel.compression import (
+    EightBit, PowerSGD, TopK, dequantise, largest, orthogonalise, power_step, quantise, spread)
 from minillm.parallel.launch import launch
 from minillm.parallel.peers import ALONE, Peers, peers_of, simulate
 
@@ -107,7 +108,7 @@ def test_vectors_are_averaged_whole_by_powersgd():
 
 
 def test_what_error_feedback_keeps_is_what_was_not_sent():
-    """Nothing is lost: all that was sent and the errors at the end add up to all gradients (arXiv:1901.09847 §4)."""
+    """Nothing is lost: all that was sent and the errors at the end add up to all gradients (arXiv:1901.09847)."""
     gradients = _random(6, 3, 12, 8)
 
     def run(peers: Peers, make) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +140,7 @@ def test_top_k_with_feedback_against_a_dense_version_by_hand():
 
 
 def test_top_1_on_three_workers_diverges_as_published_and_feedback_mends_it():
-    """arXiv:2002.12410, example 1: from (1, 1, 1) every step of top-1 multiplies by 1 + 11·lr/6, though each worker's loss is convex."""
+    """arXiv:2002.12410, example 1: from (1, 1, 1) every step of top-1 multiplies by 1 + 11·lr/6; all losses are convex."""
     rows = torch.tensor([[-3, 2, 2], [2, -3, 2], [2, 2, -3]], dtype=F64)
 
     def descend(peers: Peers, feedback: bool, lr: float, steps: int) -> torch.Tensor:

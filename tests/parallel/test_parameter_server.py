@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from minillm.parallel.collectives import Traffic
 from minillm.parallel.launch import launch
-from minillm.parallel.parameter_server import ParameterServer, serve, simulate_clock, train, work
+from minillm.parallel.parameter_server import ParameterServer, serve, simulate_clock, train_with_server, work
 
 F64 = torch.float64
 DATA = torch.randn(160, 20, generator=torch.Generator().manual_seed(0), dtype=F64)
@@ -88,7 +88,7 @@ def test_staleness_lowers_the_largest_learning_rate(workers):
     limit = 2 * math.sin(math.pi / (4 * (workers - 1) + 2))
 
     def end(share: float) -> float:
-        server = ParameterServer(torch.ones(1, dtype=F64), workers, share * limit * workers, 400, math.inf)  # lr is split by workers
+        server = ParameterServer(torch.ones(1, dtype=F64), workers, share * limit * workers, 400, math.inf)  # it splits lr
         result = simulate_clock(server, lambda w, worker, step: w, lambda worker, step: 1.0)
         assert {update.staleness for update in result.updates[workers:]} == {workers - 1}
         return abs(float(result.parameters))
@@ -138,7 +138,7 @@ def test_what_cannot_be_served():
 
 def _train(me, steps: int, staleness: float | None):
     traffic = Traffic()
-    return train(me, _server(me.size - 1, steps, staleness), _gradient, 60.0, traffic), traffic
+    return train_with_server(me, _server(me.size - 1, steps, staleness), _gradient, 60.0, traffic), traffic
 
 
 @pytest.mark.parametrize("staleness", [None, 0, 2, math.inf])
@@ -161,7 +161,8 @@ class _Leaves(Exception):
     pass
 
 
-@pytest.mark.parametrize(("how", "staleness", "patience"), [("breaks", None, 60), ("breaks", 1, 60), ("says nothing", None, 2), ("is slow", 1, 2)])
+@pytest.mark.parametrize(("how", "staleness", "patience"), [
+    ("breaks", None, 60), ("breaks", 1, 60), ("says nothing", None, 2), ("is slow", 1, 2)])
 def test_a_rank_that_is_lost(how, staleness, patience, tmp_path):
     """Worker 1 leaves in its fourth step; the server names it, and the others make all their steps. A slow one is told to stop."""
     given_up = tmp_path / "given up"
@@ -191,7 +192,8 @@ def test_a_rank_that_is_lost(how, staleness, patience, tmp_path):
             return "left"
 
     result, stayed, left = launch(run, 3)
-    assert result.lost == {1: "its connection broke" if how == "breaks" else "silent for 2 s"} and stayed == 8 and left == (4 if how == "is slow" else "left")
+    assert result.lost == {1: "its connection broke" if how == "breaks" else "silent for 2 s"}
+    assert stayed == 8 and left == (4 if how == "is slow" else "left")
     if staleness is None:
         expected = _by_hand([0], range(3, 8), _by_hand([0, 1], range(3), START))
         torch.testing.assert_close(result.parameters, expected, rtol=1e-12, atol=1e-12)  # order of sums
@@ -203,7 +205,7 @@ def test_a_process_that_dies(tmp_path):
     """Not under launch, which ends all ranks when one dies: three processes, of which one exits in the middle of a step."""
     script = textwrap.dedent("""
         import json, os, sys, torch, torch.distributed as dist
-        from minillm.parallel.parameter_server import ParameterServer, train
+        from minillm.parallel.parameter_server import ParameterServer, train_with_server
         from minillm.parallel.rank import join_world
         rank = 2 if os.fork() == 0 else 1 if os.fork() == 0 else 0
         me = join_world(rank, 3, "gloo", 60, False, rank, dist.FileStore(sys.argv[1], 3))
@@ -213,7 +215,7 @@ def test_a_process_that_dies(tmp_path):
                 os._exit(9)
             return torch.ones_like(w)
 
-        result = train(me, ParameterServer(torch.zeros(4), 2, 0.1, 6), gradient, 30.0)
+        result = train_with_server(me, ParameterServer(torch.zeros(4), 2, 0.1, 6), gradient, 30.0)
         if rank == 0:
             print(json.dumps([result.lost, len(result.updates), result.parameters.tolist()]), flush=True)
         os._exit(0)
@@ -227,4 +229,4 @@ def test_a_process_that_dies(tmp_path):
 
 def test_ranks_and_workers_must_match():
     with pytest.raises(Exception, match="3 workers and a server need 4 ranks, and there are 2"):
-        launch(lambda me: train(me, _server(3, 1, None), _gradient), 2)
+        launch(lambda me: train_with_server(me, _server(3, 1, None), _gradient), 2)

@@ -26,7 +26,8 @@ def test_links_in_figures_of_their_makers():
     assert [LINKS[f"ethernet-{n}g"].bandwidth * 8 / GB for n in (10, 25, 100, 400)] == [10, 25, 100, 400]
 
 
-@pytest.mark.parametrize(("name", "near"), [("nvlink", "nvlink-3"), ("NVLINK-4", None), ("infiniband", "infiniband-hdr"), ("ethernet10g", "ethernet-10g")])
+@pytest.mark.parametrize(("name", "near"), [
+    ("nvlink", "nvlink-3"), ("NVLINK-4", None), ("infiniband", "infiniband-hdr"), ("ethernet10g", "ethernet-10g")])
 def test_an_unknown_link_suggests_the_nearest(name, near):
     with pytest.raises(ValueError, match=f"no link is called '{name}'." + (f" Did you mean '{near}'" if near else "")):
         find_link(name)
@@ -59,7 +60,7 @@ def test_a_rank_sends_and_receives_one_message_a_round(algorithm, ranks):
 @pytest.mark.parametrize("ranks", [2, 3, 5, 8])
 @pytest.mark.parametrize("algorithm", [name for name in COSTS if name.endswith("all_reduce")])
 def test_no_all_reduce_sends_less_than_the_ring(algorithm, ranks):
-    """Patarasuk and Yuan 2009, theorem 1: 2(P-1)/P · n bytes on the busiest rank; the ring sends just that."""
+    """Patarasuk and Yuan 2009: 2(P-1)/P · n bytes on the busiest rank; the ring sends just that."""
     size = 840 * 8
     sent = traffic(rounds_of(algorithm, size, ranks), ranks).bytes
     assert max(sent) >= 2 * (ranks - 1) * size // ranks
@@ -68,7 +69,8 @@ def test_no_all_reduce_sends_less_than_the_ring(algorithm, ranks):
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 7, 8])
-@pytest.mark.parametrize("algorithm", ["ring_all_reduce", "doubling_all_reduce", "tree_all_reduce", "broadcast_tree", "broadcast_naive", "reduce"])
+@pytest.mark.parametrize("algorithm", [
+    "ring_all_reduce", "doubling_all_reduce", "halving_all_reduce", "tree_all_reduce", "broadcast_tree", "broadcast_naive", "reduce"])
 def test_everybody_gets_what_it_needs(algorithm, ranks):
     """Follow who has heard of whom (broadcasts: the root) through the messages: the targets must hear of all."""
     root = 1
@@ -91,11 +93,14 @@ def test_chunks_that_do_not_divide():
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (("ring_allreduce", 8, 2), "Did you mean 'ring_all_reduce'"), (("reduce", 8, 0), "8 bytes in items of 1 on 0 ranks"),
+    (("ring_allreduce", 8, 2), "Did you mean 'ring_all_reduce'"), (("reduce", 8, 0), "ranks = 0"),
     (("reduce", 10, 2, 4), "multiple of item"), (("reduce", 8, 2, 1, 2), "with root 2")])
 def test_what_cannot_be_laid_out(arguments, words):
     with pytest.raises(ValueError, match=words):
         rounds_of(*arguments)
+    if len(arguments) == 3:
+        with pytest.raises(ValueError, match=words):
+            predict(*arguments, LINK)
 
 
 def test_where_ring_and_tree_cross():
@@ -107,7 +112,7 @@ def test_where_ring_and_tree_cross():
             assert predict(first, size * 2, ranks, LINK) > predict("ring_all_reduce", size * 2, ranks, LINK)
     # By hand for 8 ranks: 2·3 against 14 rounds, 6 against 1.75 times the bytes.
     assert crossover("tree_all_reduce", "ring_all_reduce", 8, LINK) == pytest.approx(8 / 4.25 * 1e4)
-    assert crossover("doubling_all_reduce", "ring_all_reduce", 2, LINK) == math.inf  # one swap of everything against two of halves
+    assert crossover("doubling_all_reduce", "ring_all_reduce", 2, LINK) == math.inf  # one round, no more bytes
     assert crossover("broadcast_naive", "broadcast_tree", 8, LINK) == 0  # fewer rounds and fewer bytes: always
 
 

@@ -24,7 +24,8 @@ def test_routes():
     assert fat.route(2, 2) == []
 
 
-@pytest.mark.parametrize(("hosts", "per_leaf", "oversubscription", "spines"), [(8, 4, 1, 4), (8, 4, 2, 2), (8, 4, 4, 1), (6, 3, 1, 3)])
+@pytest.mark.parametrize(("hosts", "per_leaf", "oversubscription", "spines"), [
+    (8, 4, 1, 4), (8, 4, 2, 2), (8, 4, 4, 1), (6, 3, 1, 3)])
 def test_a_fat_tree_has_as_many_links_up_as_it_says(hosts, per_leaf, oversubscription, spines):
     wires = fat_tree(hosts, per_leaf, LINK, oversubscription).wires
     assert len(wires) == 2 * (hosts + hosts // per_leaf * spines)
@@ -54,7 +55,8 @@ def test_fair_shares_of_the_textbook():
 def test_shares_are_max_min_fair():
     """The definition: every flow is at its limit, or has a full wire on which nobody has more."""
     fat = fat_tree(8, 4, LINK, 2)
-    flows = [Flow(i, (3 * i + 4) % 8, limit=3e8 if i % 3 == 0 else math.inf) for i in range(8)] + [Flow(0, 5), Flow(1, 5), Flow(2, 5)]
+    flows = [Flow(i, (3 * i + 4) % 8, limit=3e8 if i % 3 == 0 else math.inf) for i in range(8)]
+    flows += [Flow(0, 5), Flow(1, 5), Flow(2, 5)]
     routes = [fat.route(flow.source, flow.target) for flow in flows]
     rates = fair_rates(routes, [flow.limit for flow in flows], fat.wires)
     load = Counter()
@@ -120,7 +122,8 @@ def test_a_ring_on_every_rail(hosts, gpus):
 
 def test_all_to_all_fills_what_is_there():
     """Every host of a leaf sends half of its bytes across: with a link up for four hosts that is four times too much."""
-    times = {spread: run_rounds(fat_tree(8, 4, Link(0, 1e9), spread), rounds_of("all_to_all", 8_000_000, 8)).seconds for spread in (1, 4)}
+    rounds = rounds_of("all_to_all", 8_000_000, 8)
+    times = {spread: run_rounds(fat_tree(8, 4, Link(0, 1e9), spread), rounds).seconds for spread in (1, 4)}
     assert times[1] == pytest.approx(predict("all_to_all", 8e6, 8, Link(0, 1e9)))  # float rounding only
     # Rounds 1 to 7 send min(step, 8 - step) messages up from each leaf: 1 + 2 + 3 + 4 + 3 + 2 + 1 shares of a millisecond.
     assert times[4] == pytest.approx(16e-3)

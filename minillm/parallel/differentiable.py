@@ -75,6 +75,7 @@ class _CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Sum the ranks' gradients."""
         return _sum(grad, ctx.group), None
 
 
@@ -85,6 +86,7 @@ class _ReduceFrom(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Pass the gradient on."""
         return grad, None
 
 
@@ -96,6 +98,7 @@ class _ScatterTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Gather the parts' gradients."""
         return _whole(grad, ctx.dim, ctx.group), None, None
 
 
@@ -107,4 +110,5 @@ class _GatherFrom(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Take this rank's part of the gradient."""
         return _part(grad, ctx.dim, ctx.group), None, None

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 from dataclasses import dataclass, field
+from io import FileIO
 
 # Without the parts of torch.distributed, the first DTensor or FSDP call would take a rank about two seconds.
 PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.pipelining",
@@ -171,30 +172,47 @@ _running: Server | None = None
 _starting = threading.Lock()
 
 
-def fork_ranks(count: int, folder: str) -> tuple[socket.socket, list[tuple[socket.socket, int, int]], dict]:
-    """Start `count` ranks. Returns the session's socket, each rank's (channel, output, errors), and the pids and group."""
+def fork_ranks(count: int, folder: str) -> tuple[socket.socket, list[tuple[socket.socket, FileIO, FileIO]], dict]:
+    """Start `count` ranks. Returns the session's socket, each rank's (channel, output, errors), and the pids and group.
+
+    Raises: RuntimeError where processes cannot be forked, or if the server does not start or dies.
+    """
     global _running
+    if not hasattr(os, "fork"):
+        raise RuntimeError("ranks are forked processes, which this system does not have: use Linux, macOS, or WSL on Windows.")
     with _starting:
-        if _running is not None and not _running.usable():
-            _running.stop()
-            _running = None
-        _running = _running or Server()
-        control, theirs = socket.socketpair()
-        given, kept = [theirs.fileno()], []
-        ends = [theirs]
-        for _ in range(count):
-            ours, channel = socket.socketpair()
-            output, errors = os.pipe(), os.pipe()
-            ends.append(channel)
-            given += [channel.fileno(), output[1], errors[1]]
-            kept.append((ours, output[0], errors[0]))
-        _running.fork(folder, given)
-        born = json.loads(_line(control))
-        for end in ends:
+        for last in (False, True):
+            if _running is None or not _running.usable():
+                if _running is not None:
+                    _running.stop()
+                _running = Server()
+            try:
+                return _ask_for_ranks(_running, count, folder)
+            except ConnectionError:  # it died a moment ago
+                _running.stop()
+                _running = None
+                if last:
+                    raise RuntimeError("the process that ranks are forked from has died twice in a row") from None
+
+
+def _ask_for_ranks(server: Server, count: int, folder: str):
+    control, theirs = socket.socketpair()
+    given, kept, foreign = [theirs.fileno()], [], [theirs]
+    for _ in range(count):
+        ours, channel = socket.socketpair()
+        output, errors = os.pipe(), os.pipe()
+        kept.append((ours, FileIO(output[0]), FileIO(errors[0])))
+        foreign += [channel, FileIO(output[1], "w"), FileIO(errors[1], "w")]
+        given += [end.fileno() for end in foreign[-3:]]
+    try:
+        server.fork(folder, given)
+        for end in foreign:
             end.close()
-        for descriptor in (d for i in range(count) for d in given[2 + STREAMS * i:4 + STREAMS * i]):
-            os.close(descriptor)
-        return control, kept, born
+        return control, kept, json.loads(_line(control))
+    except OSError:
+        for end in (control, *foreign, *(end for rank in kept for end in rank)):
+            end.close()
+        raise
 
 
 def preload(module: str) -> None:
@@ -219,6 +237,6 @@ def _line(control: socket.socket) -> bytes:
     while not line.endswith(b"\n"):
         part = control.recv(1)
         if not part:
-            raise RuntimeError("the process that ranks are forked from has died; the next call starts a new one")
+            raise ConnectionError("the process that ranks are forked from has died")
         line += part
     return line

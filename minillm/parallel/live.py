@@ -5,6 +5,7 @@ without end, wait for ever) can leave the caller waiting longer than it asked to
 """
 
 import contextlib
+import io
 import json
 import linecache
 import os
@@ -95,7 +96,7 @@ class Ranks:
         """End the ranks, and return when they are gone. A second call does nothing."""
         if self._selector is None:
             return
-        descriptors = [key.fileobj for key in self._selector.get_map().values() if isinstance(key.fileobj, int)]
+        streams = [key.fileobj for key in self._selector.get_map().values() if isinstance(key.fileobj, io.FileIO)]
         self._selector.close()
         self._selector = None
         if not self._server_ended_them():
@@ -104,8 +105,8 @@ class Ranks:
         self._control.close()
         for channel in self._channels:
             channel.socket.close()
-        for descriptor in descriptors:
-            os.close(descriptor)
+        for stream in streams:
+            stream.close()
 
     def __enter__(self) -> "Ranks":
         return self
@@ -187,12 +188,12 @@ class Ranks:
             elif kind == "channel":
                 self._take_messages(call, rank)
             else:
-                text = os.read(key.fd, 1 << 16)
+                text = key.fileobj.read(1 << 16)
                 self._text[kind, rank] += text
                 call.heard = time.monotonic()
                 if not text:
                     self._selector.unregister(key.fileobj)
-                    os.close(key.fd)
+                    key.fileobj.close()
         return bool(ready)
 
     def _take_messages(self, call: Call, rank: int) -> None:

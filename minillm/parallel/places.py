@@ -18,7 +18,8 @@ HERE = tuple(os.path.join(OURS, "parallel", name) for name in MACHINERY)
 CHECKED = os.path.join(OURS, "parallel", "checked.py")
 LIBRARIES = tuple({os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
 TORCH = os.path.realpath(os.path.dirname(torch.distributed.__file__))
-WAITS = (".wait(", ".backward(", "synchronize(")  # calls into C that Python's stack does not show
+WAITS = (".wait(", ".synchronize(")  # calls into C, of which Python's stack shows no more than the caller's line
+BACKWARD = "_engine_run_backward"  # the function of torch.autograd that calls into C
 
 
 class Frame(NamedTuple):
@@ -63,7 +64,8 @@ def waiting_call(frames: Sequence[Frame]) -> str | None:
     if called:
         return called[-1]
     source = linecache.getline(frames[user].file, frames[user].line).strip()
-    return f"`{source}`" if any(wait in source for wait in WAITS) else None
+    waits = any(wait in source for wait in WAITS) if user == 0 else frames[0].function == BACKWARD
+    return f"`{source}`" if waits else None
 
 
 def place(frames: Sequence[Frame]) -> str:

@@ -99,6 +99,8 @@ def serve_calls(channel: int, output: int, errors: int) -> None:
             if kind == "join":
                 me = _join_forked(*content)
                 continue
+            if me is None:  # the caller has been told why
+                continue
             result = _call(me, content[0])
             _flush()
             try:
@@ -134,16 +136,18 @@ def _join_forked(rank: int, size: int, backend: str, timeout: float, checked: bo
         os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
     os.chdir(caller["folder"])
     sys.path[:] = caller["path"]
-    me = join_world(rank, size, backend, timeout, checked, rank, dist.FileStore(os.path.join(folder, "store"), size))
+    try:
+        me = join_world(rank, size, backend, timeout, checked, rank, dist.FileStore(os.path.join(folder, "store"), size))
+    except RuntimeError as error:
+        raise RuntimeError(f"the ranks could not connect to one another by {backend} over the loopback interface {loopback}, "
+                           f"which must be up: {error}") from error
     random.seed(0)  # else every rank would continue the server's sequence, which differs from run to run
     torch.manual_seed(0)
     return me
 
 
-def _call(me: Rank | None, packed: bytes):
+def _call(me: Rank, packed: bytes):
     """Unpack a function with its arguments and run it."""
-    if me is None:
-        raise RuntimeError("this rank never joined the others")
     function, arguments, cells = unpack(packed)
     linecache.cache.update(cells)  # so that tracebacks quote the lines of notebook cells
     return function(me, *arguments)

@@ -51,13 +51,20 @@ def test_gradients_by_differences(backend):
 
 
 def what_is_called(me):
-    """The all-reduces that f and g make, forward and backward."""
-    calls, real = [], dist.all_reduce
-    dist.all_reduce = lambda tensor, **options: (calls.append(tuple(tensor.shape)), real(tensor, **options))[1]
-    x = torch.ones(2, 3, requires_grad=True)
+    """The collectives that each of the four makes, forward and backward."""
+    calls = []
+
+    def recording(name, real):
+        def record(*args, **options):
+            calls.append(name)
+            return real(*args, **options)
+        return record
+
+    dist.all_reduce, dist.all_gather = recording("all-reduce", dist.all_reduce), recording("all-gather", dist.all_gather)
+    x = torch.ones(2, 2, requires_grad=True)
     counts = []
-    for function in (copy_to, reduce_from):
-        out = function(x, me.group)
+    for function, dim in ((copy_to, ()), (reduce_from, ()), (scatter_to, (0,)), (gather_from, (0,))):
+        out = function(x, *dim, me.group)
         forward, calls[:] = list(calls), []
         out.sum().backward()
         counts.append((forward, list(calls)))
@@ -65,8 +72,8 @@ def what_is_called(me):
     return counts
 
 
-def test_each_of_the_pair_sends_once():
-    assert launch(what_is_called, 2)[0] == [([], [(2, 3)]), ([(2, 3)], [])]
+def test_each_of_a_pair_sends_once():
+    assert launch(what_is_called, 2)[0] == [([], ["all-reduce"]), (["all-reduce"], []), ([], ["all-gather"]), (["all-gather"], [])]
 
 
 def test_one_rank_returns_its_input():

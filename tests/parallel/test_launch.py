@@ -1,6 +1,7 @@
 """What launch returns, and how it ends: whatever a rank does, one error that names it, in time, and nothing left behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,7 +186,15 @@ def soon(monkeypatch):
     monkeypatch.setattr("minillm.parallel.live.APART", 0.2)
 
 
+def waits_in_backward(me):
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    loss = model(torch.ones(1, 2)).sum()
+    if me.rank:
+        loss.backward()
+
+
 @pytest.mark.parametrize("fn, words", [
+    (waits_in_backward, "ranks 1, 2 and 3 waited in `loss.backward()`, called by waits_in_backward"),
     (in_another_order, "ranks 0, 1 and 2 waited in all_reduce, called by in_another_order"),
     (other_shapes, "rank 0 waited in all_reduce, called by other_shapes"),
     (leaves_early, "ranks 1, 2 and 3 waited in barrier, called by leaves_early"),
@@ -343,3 +352,21 @@ def test_the_same_script_under_torchrun(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     assert run(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)).split() == ["done"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("unshare") and shutil.which("ip")), reason="needs unshare and ip to take the network away")
+@pytest.mark.parametrize("loopback", ["up", "down"])
+def test_without_a_network(tmp_path, loopback):
+    """Only the loopback interface is there; without that too, the error says what is missing."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    shell = f"ip link set lo {loopback} && exec {sys.executable} {script}"
+    done = subprocess.run(["unshare", "-rn", "sh", "-c", shell], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    if "unshare failed" in done.stderr:
+        pytest.skip("this user may not take the network away")
+    if loopback == "up":
+        assert done.stdout.split() == ["done"], done.stderr
+    else:
+        assert "could not connect to one another by gloo over the loopback interface lo, which must be up" in done.stderr

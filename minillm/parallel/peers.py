@@ -42,23 +42,30 @@ def peers_of(group: dist.ProcessGroup, traffic: Traffic | None = None) -> Peers:
 def simulate(fn: Callable, workers: int, *args) -> list:
     """fn(peers, *args) on so many threads, which meet at each mean and gather; returns what each returned, in order.
 
-    Raises: what a worker raises (the first by number); the others are told to stop.   ValueError below 1 worker.
+    Raises: what a worker raises (the first by number), while the others are told to stop; RuntimeError if one returns while
+    another still waits for it; ValueError below 1 worker.
     """
     if workers < 1:
         raise ValueError(f"workers = {workers}: at least 1 is needed.")
-    table: list[Tensor | None] = [None] * workers
+    table: list[Tensor | None] = [None] * workers  # what each brought to the meeting, None once it has returned
     barrier = threading.Barrier(workers)
 
-    def gather(rank: int, x: Tensor) -> Tensor:
+    def meet(rank: int, x: Tensor | None) -> list[Tensor | None]:
         table[rank] = x
         barrier.wait()
-        everything = torch.stack(table)
+        everything = list(table)
         barrier.wait()  # nobody writes the next before all have read
+        if len({brought is None for brought in everything}) > 1:
+            returned = [other for other, brought in enumerate(everything) if brought is None]
+            raise RuntimeError(f"workers {returned} returned while others still waited for them: all must make the same calls.")
         return everything
 
     def worker(rank: int):
         try:
-            return fn(Peers(rank, workers, lambda x: gather(rank, x).mean(0), lambda x: gather(rank, x)), *args)
+            peers = Peers(rank, workers, lambda x: torch.stack(meet(rank, x)).mean(0), lambda x: torch.stack(meet(rank, x)))
+            result = fn(peers, *args)
+            meet(rank, None)
+            return result
         except BaseException:
             barrier.abort()
             raise
@@ -66,9 +73,6 @@ def simulate(fn: Callable, workers: int, *args) -> list:
     with ThreadPoolExecutor(workers) as threads:
         futures = [threads.submit(worker, rank) for rank in range(workers)]
     errors = [error for future in futures if (error := future.exception())]
-    for error in errors:
-        if not isinstance(error, threading.BrokenBarrierError):
-            raise error
     if errors:
-        raise RuntimeError("some workers returned while others still waited for them: all must make the same calls.")
+        raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))  # the cause, not its effects
     return [future.result() for future in futures]

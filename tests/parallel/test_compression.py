@@ -225,16 +225,3 @@ def test_ranks_and_threads_agree():
     ranks = launch(lambda me: _all_schemes(peers_of(me.group), gradients), 2)
     for result in (*ranks[1:], *simulate(_all_schemes, 2, gradients)):
         torch.testing.assert_close(result, ranks[0], rtol=1e-12, atol=1e-12)  # float64, another order of sums
-
-
-def test_workers_that_fail_or_leave():
-    def fail(peers: Peers) -> None:
-        if peers.rank == 1:
-            raise KeyError("worker 1")
-        peers.mean(torch.ones(2))
-
-    with pytest.raises(KeyError, match="worker 1"):
-        simulate(fail, 3)
-    with pytest.raises(ValueError, match="workers = 0"):
-        simulate(fail, 0)
-    assert [table.tolist() for table in simulate(lambda peers: peers.gather(torch.tensor(peers.rank)), 3)] == [[0, 1, 2]] * 3

@@ -24,6 +24,8 @@ class Split(NamedTuple):
     pieces: int = 1
     """What must stay together, how often: heads, hidden units, tokens. With fewer pieces than ranks, several ranks hold
     the same one."""
+    even: bool = False
+    """Whether all ranks must get the same number: else query heads would not sit with their KV heads."""
 
 
 WHOLE = Split("whole")
@@ -34,15 +36,15 @@ def sharding_table(config: ModelConfig) -> dict[str, Split]:
 
     The last entry is no parameter but the slice of heads that ALiBi's slopes are for.
     """
-    heads, keys, hidden, tokens = (Split("columns", config.heads), Split("columns", config.kv_size),
-                                   Split("columns", config.ffn_size), Split("vocabulary", config.vocab_size))
+    heads, keys = Split("columns", config.heads, even=True), Split("columns", config.kv_size, even=True)
+    hidden, tokens = Split("columns", config.ffn_size), Split("vocabulary", config.vocab_size)
     return {
         "embed.weight": tokens, "head.*": tokens,
         "positions.weight": WHOLE,
         "relative.weight": heads,  # T5's table: a column of numbers for each head
         "*norm.*": WHOLE,  # over a token's vector, or over one head (qk_norm = "head")
         "blocks.*.attention.q.*": heads, "blocks.*.attention.k.*": keys, "blocks.*.attention.v.*": keys,
-        "blocks.*.attention.out.weight": Split("rows", config.heads),
+        "blocks.*.attention.out.weight": Split("rows", config.heads, even=True),
         "blocks.*.attention.out.bias": WHOLE,  # added once, to the sum
         "blocks.*.ffn.gate.*": hidden, "blocks.*.ffn.up.*": hidden,
         "blocks.*.ffn.down.weight": Split("rows", config.ffn_size),

@@ -6,6 +6,7 @@ an HTML box when a control moves, so that nothing is printed and nothing flicker
 
 import html
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from minillm.config import ModelConfig
 from minillm.course.plots import COLOURS
 from minillm.model.families import PRESETS, changes
 from minillm.model.flops import forward_flops, training_days
+from minillm.model.sharding import sharding_rows, why_not
 from minillm.model.transformer import Transformer, num_params
 from minillm.nn.formats import FORMATS, bits_of
 from minillm.plan.devices import DEVICES, Device
@@ -23,6 +25,7 @@ from minillm.text.bpe import BPETokenizer
 from minillm.text.bpe_train import merge_pair
 from minillm.train.scaling_law import ScalingLaw
 
+LEFT = "'text-align:left;padding-right:1em'"
 TINTS = ("#CFE4F5", "#FBE0C8", "#CDEBDD", "#F3DCE9", "#FBEFC9")
 
 
@@ -295,6 +298,29 @@ def ring_stepper(size: int = 4) -> widgets.Widget:
     play, slider = widgets.Play(min=0, max=14, interval=900), widgets.IntSlider(min=0, max=14, description="step")
     widgets.jslink((play, "value"), (slider, "value"))
     return _redrawn([ranks, widgets.HBox([play, slider])], [ranks, slider], lambda: render_ring(ranks.value, slider.value))
+
+
+def render_shards(name: str, ranks: int) -> str:
+    """Which rank of tensor parallelism holds what of one block of a preset, or why it cannot be split so."""
+    if reason := why_not(PRESETS[name], ranks):
+        return f"<div style='color:{COLOURS[1]}'>{html.escape(reason)}</div>"
+    (*head, _), *rows = [re.split(" {3,}", line) for line in sharding_rows(PRESETS[name], ranks).splitlines()]
+    body = ""
+    for parameter, whole, how, held in rows:
+        copies = int(re.findall(r"each by (\d+)", held)[0]) if "each by" in held else 1
+        strip = "".join(f"<span style='display:inline-block;width:{240 / ranks:.1f}px;height:1em;"
+                        f"background:{'#DDDDDD' if how == 'whole' else TINTS[rank // copies % len(TINTS)]}'></span>" for rank in range(ranks))
+        cells = (parameter, whole, how, f"<span style='white-space:nowrap'>{strip}</span>", held)
+        body += f"<tr>{''.join(f'<td style={LEFT}>{cell}</td>' for cell in cells)}</tr>"
+    titles = "".join(f"<th style={LEFT}>{cell}</th>" for cell in (*head, f"rank 0 to {ranks - 1}", "on each"))
+    return f"<table><tr>{titles}</tr>{body}</table>"
+
+
+def shard_browser(name: str = "llama3-8b", ranks: int = 4) -> widgets.Widget:
+    """Choose a preset and a number of ranks."""
+    model = widgets.Dropdown(options=list(PRESETS), value=name, description="model")
+    size = widgets.BoundedIntText(value=ranks, min=1, max=64, description="ranks")
+    return _redrawn([widgets.HBox([model, size])], [model, size], lambda: render_shards(model.value, size.value))
 
 
 def _redrawn(shown: list, controls: list, render: Callable[[], str]) -> widgets.Widget:

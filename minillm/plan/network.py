@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from minillm.config import ModelConfig
+
 GB = 10 ** 9
 
 
@@ -251,6 +253,18 @@ def _cost(algorithm: str, ranks: int) -> tuple[int, float]:
     if ranks < 1:
         raise ValueError(f"ranks = {ranks}: at least 1 is needed.")
     return COSTS[algorithm](ranks)
+
+
+def tensor_parallel_all_reduces(config: ModelConfig, tokens: int, item: int = 2, recompute: bool = False) -> list[int]:
+    """Bytes of every all-reduce that one step of a tensor-parallel model makes, on `tokens` tokens.
+
+    item: bytes of a number in the stream; the loss's three are of 4 or more.   recompute: whether each block runs forward
+    again in backward, which sums again.   Source: arXiv:1909.08053 §3.   Left out: gradients of weights that ranks share
+    (KV heads held by several, norms over one head); sequence parallelism, which sends the same bytes in other calls.
+    """
+    stream = tokens * config.width * item
+    blocks = config.layers * (2 + 2 + 2 * recompute)  # forward, backward, forward again
+    return [stream] * (blocks + 2) + [tokens * max(item, 4)] * 3  # and the embedding forward, the head backward; the loss
 
 
 BUS_FACTORS = {"all_reduce": lambda P: 2 * (P - 1) / P, "reduce_scatter": lambda P: (P - 1) / P,

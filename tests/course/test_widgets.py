@@ -107,3 +107,16 @@ def test_the_ring_turns_as_the_code_does():
     before = stepper.children[-1].value
     stepper.children[1].children[1].value = 2
     assert stepper.children[-1].value != before and "step 2 of 4" in stepper.children[-1].value
+
+
+def test_who_holds_what_of_a_preset_or_why_nobody_can():
+    from minillm.course.widgets import render_shards, shard_browser
+    page = render_shards("llama3-8b", 16)
+    assert "512 x 4,096" not in page and "64 x 4,096" not in page and "128 x 4,096  (each by 2)" in page  # 8 KV heads on 16 ranks
+    assert page.count("<tr>") == 13 and page.count("#DDDDDD") == 3 * 16  # three norms are whole
+    assert "25 query heads cannot be shared out evenly to 2 ranks" in render_shards("gpt2-xl", 2)
+    assert "rank 0 to 0" in render_shards("gpt2-xl", 1)
+    browser = shard_browser()
+    assert browser.children[-1].value == render_shards("llama3-8b", 4)
+    browser.children[0].children[1].value = 3
+    assert "Numbers of ranks that work: 1, 2, 4, 8" in browser.children[-1].value

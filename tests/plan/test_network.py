@@ -1,13 +1,19 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from minillm.model.families import gpt2, llama3
+from minillm.model.sharding import sharding_table
+from minillm.model.transformer import Transformer
 from minillm.parallel import collectives
 from minillm.parallel.launch import launch
+from minillm.parallel.tensor_parallel import apply_tensor_parallel, vocabulary_cross_entropy
 from minillm.plan.network import (
     BUS_FACTORS, COSTS, GB, LINKS, Link, Message, bus_bandwidth, chunk_sizes, crossover, find_link, fit_link, predict, rounds_of,
-    seconds_of, traffic)
+    seconds_of, tensor_parallel_all_reduces, traffic)
 
 LINK = Link(1e-5, 1e9)
 
@@ -182,3 +188,31 @@ def test_predictions_are_what_the_collectives_send(ranks, elements):
         sent = traffic(rounds_of(name, 4 * elements, ranks, item=4, root=1), ranks)
         assert [rank[name] for rank in counted] == list(zip(sent.messages, sent.bytes)), name
     assert set(COSTS) - set(counted[0]) == {"halving_all_reduce", "tree_all_reduce"}  # only planned: two of the above make a tree
+
+
+def all_reduces_of_a_step(me, config, dtype):
+    """Bytes of every all-reduce of one forward and backward, in order."""
+    model = apply_tensor_parallel(Transformer(config).to(dtype), me.group, sharding_table(config))
+    real, sizes = dist.all_reduce, []
+
+    def recording(tensor, *args, **options):
+        sizes.append(tensor.numel() * tensor.element_size())
+        return real(tensor, *args, **options)
+    dist.all_reduce = recording
+    try:
+        ids = torch.arange(14).view(2, 7)
+        vocabulary_cross_entropy(model(ids), ids, config.vocab_size, me.group).backward()
+    finally:
+        dist.all_reduce = real
+    return sizes
+
+
+@pytest.mark.parametrize("family", [gpt2, llama3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_every_all_reduce_of_a_tensor_parallel_step_is_foreseen(family, dtype):
+    config = replace(family, vocab_size=61, layers=3, width=32, heads=4, kv_heads=2, ffn_width=50, context=8)
+    planned = tensor_parallel_all_reduces(config, 14, dtype.itemsize)
+    assert len(planned) == 4 * 3 + 2 + 3
+    for counted in launch(all_reduces_of_a_step, 2, config, dtype):
+        assert sorted(counted) == sorted(planned)
+    assert len(tensor_parallel_all_reduces(config, 14, recompute=True)) == len(planned) + 2 * 3

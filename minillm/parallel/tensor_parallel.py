@@ -194,7 +194,7 @@ def gather_dense(model: nn.Module, group: Group, tensors: Mapping[str, Tensor] |
     """The dense model's state_dict, on every rank, bit for bit.
 
     tensors: others of the parameters' names and shapes to bring together: gradients, or an optimizer's averages.
-    Cost: every rank sends its part of each split tensor once to all others, and receives the rest.
+    Cost: one all-gather of each split tensor.
     """
     parts, dense = getattr(model, "parts", {}), {}
     for name, mine in (model.state_dict() if tensors is None else tensors).items():
@@ -202,16 +202,14 @@ def gather_dense(model: nn.Module, group: Group, tensors: Mapping[str, Tensor] |
         if part is None:
             dense[name] = mine.clone()
             continue
-        shape = list(mine.shape)
-        shape[part.dim] = part.size
-        dense[name] = mine.new_empty(shape)
-        for rank, (first, end) in enumerate(part.spans):
-            if rank and part.spans[rank - 1] == (first, end):  # a copy of its neighbour's
-                continue
-            here = dense[name].narrow(part.dim, first, end - first)
-            piece = (mine if rank == dist.get_rank(group) else here).clone(memory_format=torch.contiguous_format)
-            dist.broadcast(piece, group=group, group_src=rank)  # an all-gather wants equal parts
-            here.copy_(piece)
+        shapes = [list(mine.shape), list(mine.shape)]  # of the padded parts (gloo wants equal ones), and of the whole
+        shapes[0][part.dim], shapes[1][part.dim] = max(end - first for first, end in part.spans), part.size
+        padded, dense[name] = mine.new_zeros(shapes[0]), mine.new_empty(shapes[1])
+        padded.narrow(part.dim, 0, mine.shape[part.dim]).copy_(mine)
+        pieces = [torch.empty_like(padded) for _ in part.spans]
+        dist.all_gather(pieces, padded, group=group)
+        for piece, (first, end) in zip(pieces, part.spans, strict=True):
+            dense[name].narrow(part.dim, first, end - first).copy_(piece.narrow(part.dim, 0, end - first))
     return dense
 
 

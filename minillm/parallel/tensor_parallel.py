@@ -8,7 +8,8 @@ stands behind the rows, and the bias is added to their sum, once. The embedding 
 A model is built dense, from the same seed on every rank, and cut here by a table (minillm/model/sharding.py); with torch,
 parallelize_module does this. Positions need nothing: each head brings its own, and learned ones stay whole.
 Cost: a block's forward makes 2 all-reduces of B·T·C elements, its backward 2, Megatron's count; the embedding adds 1 forward,
-the head 1 backward, the loss 3 of B·T. By the ring an all-reduce of N bytes sends 2(P-1)/P · N.
+the head 1 backward, the loss 3 of B·T. By the ring an all-reduce of N bytes sends 2(P-1)/P · N. Norms over one head, and KV
+heads that several ranks hold, add a backward all-reduce of their own size each.
 Source: arXiv:1909.08053 §3. Differs from Megatron-LM: it cuts weights where they are made, pads the vocabulary, and sums the
 gradients of parameters that ranks share once a step, not in each backward.
 Left out: dropout, which needs other random numbers on each rank inside a region (the models here have none); caches for

@@ -12,7 +12,7 @@ from minillm.parallel.tensor_parallel import apply_tensor_parallel, whole_parame
 
 
 def test_every_family_trains_as_on_one_rank():
-    steps = {name: 10 if name in FEW[:3] else 1 for name in CONFIGS}
+    steps = {name: 10 if name in FEW[:2] else 1 for name in CONFIGS}
     assert_like_dense(launch(train_split, 2, apply_sequence_parallel, steps)[0], steps)
 
 

@@ -8,20 +8,19 @@ sends for a mismatch, and crashes in DistributedDataParallel.
 
 import functools
 import inspect
-import os
 import sys
 import traceback
 
 import torch.distributed as dist
 from torch import Tensor
 
-from minillm.parallel.places import OURS, frames_of, place, together
+from minillm.parallel.places import frames_of, place, together
 
 # Each collective of torch.distributed, and which of its arguments has one shape on all ranks.
-COMPARED = {"all_reduce": 0, "broadcast": 0, "reduce": 0, "all_gather": 1, "all_gather_into_tensor": 1, "all_gather_single": 1,
+COMPARED = {"all_reduce": 0, "broadcast": 0, "reduce": 0,
+            "all_gather": 1, "all_gather_into_tensor": 1, "all_gather_single": 1,
             "reduce_scatter": 0, "reduce_scatter_tensor": 1, "reduce_scatter_single": 1, "gather": 0, "scatter": 0,
             "all_to_all": None, "all_to_all_single": None, "barrier": None}
-COLLECTIVES = os.path.join(OURS, "parallel", "collectives.py")
 _on = False
 
 
@@ -48,7 +47,7 @@ def compare(name: str, x: Tensor | None, group: dist.ProcessGroup | None) -> Non
         return
     call = name if x is None else f"{name} on {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
     calls = [None] * dist.get_world_size(group)
-    here = place([frame for frame in frames_of(traceback.walk_stack(sys._getframe())) if os.path.realpath(frame.file) != COLLECTIVES])
+    here = place(frames_of(traceback.walk_stack(sys._getframe())))
     dist.all_gather_object(calls, (call, here), group=group)
     if len({call for call, _ in calls}) > 1:
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)

@@ -29,6 +29,8 @@ PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "tor
 START = "import importlib, json, sys; sys.path[:], first, names = json.loads(sys.argv[1]); " \
         "[importlib.import_module(name) for name in first]; from minillm.parallel.forkserver import serve; " \
         "serve(int(sys.argv[2]), names)"
+# One thread; no CUDA, which even a question for it would start unless it goes to NVML; and on macOS, leave to fork.
+CLEAN = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES"}
 STREAMS = 3  # file descriptors per rank: its channel, its standard output, its standard error
 
 
@@ -142,7 +144,7 @@ class Server:
             [sys.executable, "-c", START, json.dumps([sys.path, _first, PRELOADED + _loaded_parts()]), str(theirs.fileno())],
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.errors,
             start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES"})
+            env={**os.environ, **CLEAN})
         theirs.close()
         if not self.requests.recv(16):
             self.process.wait()
@@ -179,7 +181,7 @@ def fork_ranks(count: int, folder: str) -> tuple[socket.socket, list[tuple[socke
     """
     global _running
     if not hasattr(os, "fork"):
-        raise RuntimeError("ranks are forked processes, which this system does not have: use Linux, macOS, or WSL on Windows.")
+        raise RuntimeError("ranks are forked processes, and this system has none: use Linux, macOS, or WSL on Windows.")
     with _starting:
         for last in (False, True):
             if _running is None or not _running.usable():

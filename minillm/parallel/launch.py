@@ -38,8 +38,8 @@ def _in_this_world(fn: Callable, ranks: int, args: tuple, backend: str, timeout:
     """Run on the rank that this process is, and gather every rank's result."""
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     if size != ranks:
-        raise ValueError(f"launch was asked for {ranks} ranks inside a world of {size} (WORLD_SIZE = {size}, set by torchrun "
-                         f"or by whoever started this process): start {ranks} with torchrun --nproc-per-node, or unset RANK "
+        raise ValueError(f"launch was asked for {ranks} ranks inside a world of {size} (WORLD_SIZE, set by torchrun or "
+                         f"by whoever started this process): start {ranks} with torchrun --nproc-per-node, or unset RANK "
                          f"and WORLD_SIZE to start ranks on this machine.")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     started = dist.is_initialized()

@@ -5,12 +5,14 @@ without end, wait for ever) can leave the caller waiting longer than it asked to
 """
 
 import contextlib
+import inspect
 import io
 import json
 import linecache
 import os
 import re
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -38,14 +40,19 @@ class Ranks:
     """Processes that form a world and keep it, and `me.state`, from call to call. Arguments as of `launch`.
 
     Ends with `close`, the end of its `with`, or the end of this process; and by itself when a call leaves ranks waiting.
+    What a rank does in the background when it ends, such as writing a file in a thread, is lost.
     """
 
     def __init__(self, ranks: int, *, backend: str = "auto", timeout: float = 120.0, checked: bool = False):
         if ranks < 1:
             raise ValueError(f"ranks = {ranks}: at least 1 is needed.")
         self.size, self.timeout, self.backend = ranks, timeout, choose_backend(backend, ranks)
-        folder = tempfile.mkdtemp(prefix="minillm-ranks-")  # the server removes it when the ranks have ended
-        self._control, streams, born = fork_ranks(ranks, folder)
+        self._folder = tempfile.mkdtemp(prefix="minillm-ranks-")  # where they meet; the server removes it with the ranks
+        try:
+            self._control, streams, born = fork_ranks(ranks, self._folder)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         self._group = born["group"]
         self._channels = [Channel(channel) for channel, _, _ in streams]
         for channel, _, _ in streams:
@@ -60,12 +67,13 @@ class Ranks:
                 self._selector.register(thing, selectors.EVENT_READ, (name, rank))
         caller = {"environment": dict(os.environ), "folder": os.getcwd(), "path": sys.path}
         for rank in range(ranks):  # torch's own limit comes after the caller's, which can say more
-            self._tell(rank, "join", rank, ranks, self.backend, timeout + 60, checked, folder, caller)
+            self._tell(rank, "join", rank, ranks, self.backend, timeout + 60, checked, self._folder, caller)
 
     def run(self, fn: Callable, *args) -> list:
         """fn(me, *args) on every rank, as `launch` does. An error that leaves no rank waiting leaves the ranks alive."""
         if self._selector is None:
             raise RuntimeError("these ranks have ended, after an error or by close(): make new ones.")
+        _check_call(fn, args)
         cells = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and not os.path.exists(name)}
         try:
             packed = pack((fn, args, cells))
@@ -102,6 +110,7 @@ class Ranks:
         if not self._server_ended_them():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._group, signal.SIGKILL)
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._control.close()
         for channel in self._channels:
             channel.socket.close()
@@ -239,3 +248,17 @@ class Ranks:
             text.clear()
         for line, ranks in errors.items():
             relay(f"rank {','.join(map(str, dict.fromkeys(ranks)))} | {line}", error=True)
+
+
+def _check_call(fn: Callable, args: tuple) -> None:
+    """Refuse arguments that do not fit, the forgotten first one above all, before any rank hears of it."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a function in C that does not say
+        return
+    try:
+        signature.bind(None, *args)
+    except TypeError as error:
+        name = getattr(fn, "__name__", "the function")
+        raise TypeError(f"{name}{signature} cannot take the rank and {len(args)} more: {error}. Its first argument is the "
+                        f"rank, as in def {name}(me, ...).") from None

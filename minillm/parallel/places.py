@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch.distributed
 
 OURS = str(Path(__file__).resolve().parents[1])
-MACHINERY = ("rank.py", "forkserver.py", "launch.py", "live.py", "channel.py", "checked.py")
-HERE = tuple(os.path.join(OURS, "parallel", name) for name in MACHINERY)
-CHECKED = os.path.join(OURS, "parallel", "checked.py")
+RANK, CHECKED, *MACHINERY = (os.path.join(OURS, "parallel", name + ".py") for name in
+                             ("rank", "checked", "forkserver", "launch", "live", "channel"))
+TALKING = tuple(os.path.join(OURS, "parallel", name) for name in ("collectives.py", "differentiable.py"))
 LIBRARIES = tuple({os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
 TORCH = os.path.realpath(os.path.dirname(torch.distributed.__file__))
 WAITS = (".wait(", ".synchronize(")  # calls into C, of which Python's stack shows no more than the caller's line
@@ -36,13 +36,13 @@ def frames_of(stack: Iterable) -> list[Frame]:
 
 
 def users_frame(frames: Sequence[Frame]) -> int | None:
-    """Index of the innermost frame that is neither Python's, nor a library's, nor of the machinery that runs ranks."""
+    """Index of the innermost frame that is neither Python's, nor a library's, nor of our collectives or what runs ranks."""
     for index, frame in enumerate(frames):
         real = os.path.realpath(frame.file)
         if real.startswith(OURS + os.sep):
-            if real == HERE[0]:  # from here on outwards, all is machinery
+            if real == RANK:  # from here on outwards, all is machinery
                 return None
-            if real not in HERE:
+            if real not in (CHECKED, *MACHINERY, *TALKING):
                 return index
         elif not real.startswith(LIBRARIES) and not frame.file.startswith(("<frozen", "<@beartype")):
             return index
@@ -59,7 +59,7 @@ def waiting_call(frames: Sequence[Frame]) -> str | None:
         return None
     if any(os.path.realpath(frame.file) == CHECKED for frame in frames[:user]):
         return "the comparison of checked mode"
-    called = [frame.function for frame in frames[:user] if os.path.realpath(frame.file).startswith(TORCH)
+    called = [frame.function for frame in frames[:user] if os.path.realpath(frame.file).startswith((TORCH, *TALKING))
               and frame.function != "wrapper"]
     if called:
         return called[-1]

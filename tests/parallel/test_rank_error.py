@@ -19,12 +19,14 @@ WORKING = [Frame(sysconfig.get_path("stdlib") + "/random.py", 3, "shuffle"), Fra
 
 def test_the_innermost_frame_of_the_users_own_code():
     assert users_frame(WAITING) == 3 and users_frame(WORKING) == 1
-    assert users_frame([Frame(OURS + "/parallel/collectives.py", 1, "reduce")]) == 0
+    assert users_frame([Frame(OURS + "/parallel/data_parallel.py", 1, "hook"), *WAITING]) == 0
     assert users_frame([Frame(OURS + "/parallel/rank.py", 1, "_call"), *WAITING]) is None and users_frame([]) is None
 
 
 def test_places_in_words():
     assert whereabouts(WAITING) == "waited in all_reduce, called by step (train.py:12)"
+    ring = [Frame(OURS + "/parallel/collectives.py", 1, name) for name in ("_exchange", "ring_reduce_scatter", "ring_all_reduce")]
+    assert whereabouts([*ring, *WAITING[3:]]) == "waited in ring_all_reduce, called by step (train.py:12)"
     assert whereabouts(WORKING) == "worked in step (line 5 of a cell)"
     assert place([]) == "code that is not the caller's" and waiting_call([]) is None
     assert several([2]) == "rank 2" and several([3, 0, 1]) == "ranks 0, 1 and 3"

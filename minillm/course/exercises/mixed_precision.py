@@ -124,6 +124,8 @@ def scaled_inputs(draw: Draw, overflow: bool) -> tuple:
     return steps, draw.tensor(size, outs) / 4, draw.tensor(4, outs), 0.01 * draw.int(1, 4), scale, draw.int(2, 3), max_norm
 
 
+STALE = "Clear the gradients after every step, a skipped one too: the next adds to what is left, which is scaled otherwise or infinite."
+MISSED = "You let an infinite gradient through: look at every gradient, not only the first, and for inf as well as NaN."
 SCALED = Exercise(
     name="fp16_step", reference=fp16_step, driver=drive_scaled, minutes=25, difficulty=2, **COMMON, rtol=1e-4, atol=1e-6,
     why="float32: a gradient may be divided, or multiplied by the inverse",
@@ -135,11 +137,11 @@ SCALED = Exercise(
              Mutant(altered_step(unscaled=False), "The gradients are never divided by the scale, so each step is scale times too long (or clipped to the full norm)."),
              Mutant(altered_step(grows=False), "The scale never grows: after `interval` good steps it doubles."),
              Mutant(altered_step(skips=False), "The optimizer steps although a gradient is inf: that destroys the weights for good."),
-             Mutant(altered_step(looks="nan"), "You look for NaN alone; a gradient that overflows is inf, and is as bad."),
-             Mutant(altered_step(looks="first"), "You look at the first gradient alone; any of them may overflow."),
+             Mutant(altered_step(looks="nan"), MISSED),
+             Mutant(altered_step(looks="first"), MISSED),
              Mutant(altered_step(resets=False), "A bad step must set the count of good steps back to 0: they count in a row."),
-             Mutant(altered_step(clears="never"), "The gradients are not cleared: the next step adds to these, scaled otherwise."),
-             Mutant(altered_step(clears="good"), "After a skipped step the gradients stay, infinite as they are, and spoil the next one: clear them either way."),
+             Mutant(altered_step(clears="never"), STALE),
+             Mutant(altered_step(clears="good"), STALE),
              Mutant(altered_step(after=1), "The scale grows one step late: at the interval-th good step."),
              Mutant(altered_step(shrinks=False), "A step that overflows must halve the scale, or the next one overflows too."),
              Mutant(altered_step(clips=False), "Nothing is clipped to max_norm."),

@@ -16,14 +16,15 @@ DOUBLE = {"rtol": 1e-9, "atol": 1e-12, "why": "Python's floats, in another order
 def next_token_loss(logits, ids, real):
     log_p = logits[:, :-1].log_softmax(-1)
     said = log_p.gather(-1, ids[:, 1:, None])[..., 0]
-    counts = real[:, 1:] & real[:, :-1]
-    return -(said * counts).sum() / counts.sum()
+    included = real[:, 1:] & real[:, :-1]
+    return -(said * included).sum() / included.sum()
 
 
 def altered_loss(shift=1, both="both", divide="count", safe=True, exact=True, sign=-1.0, bits=False):
     """next_token_loss with one thing wrong."""
     def wrong(logits, ids, real):
-        log_p = logits.log_softmax(-1) if safe is True else logits.softmax(-1).log() if safe else logits.exp().div(logits.exp().sum(-1, keepdim=True)).log()
+        by_hand = logits.exp() / logits.exp().sum(-1, keepdim=True)
+        log_p = {True: logits.log_softmax(-1), "late": logits.softmax(-1).log(), False: by_hand.log()}[safe]
         log_p = log_p if exact else logits
         if shift == 0:
             said, counts = log_p.gather(-1, ids[..., None])[..., 0], real
@@ -55,6 +56,7 @@ def loss_inputs(draw: Draw, size: float = 2.0) -> tuple:
     return size * draw.tensor(rows, length, vocab), ids, real
 
 
+EXACT = "exp of a large logit is infinite, and so is the logarithm of a probability that was rounded to 0: take log_softmax at once."
 LOSS = Exercise(
     name="next_token_loss", reference=next_token_loss, minutes=12, difficulty=1, **COMMON, **FLOAT,
     bans=("torch.nn.functional.cross_entropy", "torch.nn.functional.nll_loss", "torch.nn.CrossEntropyLoss", "torch.nn.NLLLoss"),
@@ -71,8 +73,8 @@ LOSS = Exercise(
              Mutant(altered_loss(divide="nothing"), "That is the sum; the mean is asked for."),
              Mutant(altered_loss(both="before"), "The first padding after each text is counted as a target."),
              Mutant(altered_loss(both="after"), "The first token after padding is counted, though the padding before it cannot predict it."),
-             Mutant(altered_loss(safe=False), "exp of a large logit is infinite: log_softmax subtracts the maximum first."),
-             Mutant(altered_loss(safe="late"), "softmax rounds small probabilities to 0, and their logarithm is infinite: take log_softmax at once."),
+             Mutant(altered_loss(safe=False), EXACT),
+             Mutant(altered_loss(safe="late"), EXACT),
              Mutant(altered_loss(exact=False), "These are logits; take log_softmax first."),
              Mutant(altered_loss(sign=1.0), "The sign: a loss is the negative log-probability.")),
     variants={"bits": Variant("the loss is asked for in bits, not nats.", altered_loss(bits=True))})

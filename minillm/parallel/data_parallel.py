@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -24,13 +25,23 @@ from torch.utils.hooks import RemovableHandle
 from minillm.parallel.collectives import Traffic, ring_all_reduce
 
 Group = dist.ProcessGroup
-AllReduce = Callable[[Tensor, Group], dist.Work | None]
+
+
+@runtime_checkable
+class Pending(Protocol):
+    """Something that has been started; torch's Work and Future are."""
+
+    def wait(self):
+        """Return when it is done."""
+
+
+AllReduce = Callable[[Tensor, Group], Pending | None]
 """Sums a contiguous tensor over the ranks, in place. Returns what to wait for, or None when it is done."""
 BUCKET_BYTES = 25 * 2 ** 20
 """As in torch: large enough that latency is small beside it, small enough that the first one leaves early."""
 
 
-def torch_sum(x: Shaped[Tensor, "*shape"], group: Group) -> dist.Work | None:
+def torch_sum(x: Shaped[Tensor, "*shape"], group: Group) -> Pending | None:
     """torch's all-reduce, in the background."""
     return dist.all_reduce(x, group=group, async_op=True)
 
@@ -156,7 +167,7 @@ class Overlapped:
         self.group, self.trace, self._all_reduce = group, trace, all_reduce
         alone = dist.get_world_size(group) == 1
         self.buckets = [] if alone else make_buckets(parameters, bucket_bytes)
-        self._waiting: list[dist.Work | torch.futures.Future | None] = []  # one for every bucket that has started
+        self._waiting: list[Pending | None] = []  # one for every bucket that has started
         self._quiet = False
         self._hooks = [(watched or parameters)[name].register_post_accumulate_grad_hook(self._hook(bucket, name))
                        for bucket in self.buckets for name in bucket.parameters]
@@ -199,7 +210,7 @@ class Overlapped:
                 self._waiting.append(self._start(len(self._waiting)))
         return arrived
 
-    def _start(self, number: int) -> dist.Work | torch.futures.Future | None:
+    def _start(self, number: int) -> Pending | None:
         """Send a bucket on its way."""
         begun = time.perf_counter()
         work = self._all_reduce(self.buckets[number].flat, self.group)
@@ -214,7 +225,7 @@ class Overlapped:
 def trace_backward(layers: Mapping[str, nn.Module], trace: list[Event]) -> list[RemovableHandle]:
     """Note when each layer's backward runs: from the gradient of its output to the last of its parameters' gradients.
 
-    Returns handles whose remove() ends it. A layer that shares a weight lasts until the other's part of it is there too.
+    Call it before `Overlapped`, whose hooks come later then. Returns handles whose remove() ends it. A layer that shares a weight lasts until the other's part of it is there too.
     """
     handles = []
     for name, layer in layers.items():
@@ -266,7 +277,7 @@ def share_gradients(parameters: Mapping[str, Tensor], group: Group) -> None:
     """Divide gradients that are sums over ranks already by P: in the next sum all P parts come together again."""
     for parameter in parameters.values():
         if parameter.grad is not None:
-            parameter.grad /= dist.get_world_size(group)
+            parameter.grad.div_(dist.get_world_size(group))
 
 
 def _bits(tensor: Tensor) -> UInt8[Tensor, "bytes"]:
@@ -295,6 +306,6 @@ def _refuse_missing(names: list[str], all_of_them: int) -> None:
                          f"requires_grad_(False) before the buckets are made.")
 
 
-def _wait(work: dist.Work | torch.futures.Future | None) -> None:
+def _wait(work: Pending | None) -> None:
     if work is not None:
         work.wait()

@@ -265,6 +265,15 @@ class ParallelConfig:
         """Ranks in all: the product of the axes."""
         return self.dp
 
+    def share(self, batch_size: int) -> int:
+        """Sequences of a batch for each data-parallel rank. Raises: ValueError if it does not divide."""
+        if batch_size % self.dp:
+            below = batch_size // self.dp * self.dp
+            raise ValueError(f"a batch of {batch_size} sequences does not divide over dp = {self.dp} ranks. Nearest that work: "
+                             f"a batch of {f'{below} or ' if below else ''}{below + self.dp}, or dp = "
+                             f"{_nearest_divisors(batch_size, self.dp)}.")
+        return batch_size // self.dp
+
 
 def from_dict(cls: type, values: dict, source: str = "configuration"):
     """Build a configuration from a dict; an unknown key is an error that suggests the nearest known one.

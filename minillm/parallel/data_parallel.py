@@ -225,7 +225,8 @@ class Overlapped:
 def trace_backward(layers: Mapping[str, nn.Module], trace: list[Event]) -> list[RemovableHandle]:
     """Note when each layer's backward runs: from the gradient of its output to the last of its parameters' gradients.
 
-    Call it before `Overlapped`, whose hooks come later then. Returns handles whose remove() ends it. A layer that shares a weight lasts until the other's part of it is there too.
+    Called before `Overlapped`, so that its hooks run first, a layer's time has no part of sending. A layer that shares a
+    weight lasts until the other's part of it is there too. Returns handles, whose remove() ends it.
     """
     handles = []
     for name, layer in layers.items():

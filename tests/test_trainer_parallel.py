@@ -151,14 +151,14 @@ def command(*words, ranks=None):
     """Under torchrun when ranks are given. Returns the process, whose standard output and error are pipes."""
     start = [sys.executable, "-m"]
     if ranks:
-        start += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1", "--master-port", "0", "-m"]
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen([*start, "minillm", *map(str, words)], env=environment | {"OMP_NUM_THREADS": "1"}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
 
 
 def ended(process):
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
 

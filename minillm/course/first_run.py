@@ -67,7 +67,7 @@ def _run(request, group) -> int:
         trainer.at[step] = partial(_sample, engine, data, request.prompt, step)
     say(f"{run}: {num_params(engine.model):,} parameters, {data.train.tokens:,} training tokens, {steps:,} steps of "
         f"{request.train.batch_size * model.context:,} tokens on {engine.device}"
-        + (f" of {engine.ranks} ranks" if engine.ranks > 1 else "") + (f", going on from {resume.name}" if resume else ""))
+        + (f", {engine.ranks} ranks" if engine.ranks > 1 else "") + (f", going on from {resume.name}" if resume else ""))
     finished = trainer.train(resume=resume)
     engine.on_first(lambda: _conclude(run, data, request.prompt) if finished else print(
         f"Stopped after step {engine.steps_done} and saved. Go on with the same command."))

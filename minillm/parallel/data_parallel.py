@@ -225,6 +225,7 @@ class Overlapped:
 
 def trace_backward(layers: Mapping[str, nn.Module], trace: list[Event]) -> list[RemovableHandle]:
     """Note when each layer's backward runs: from the gradient of its output to the last of its parameters' gradients.
+    Of several outputs, the first counts.
 
     Called before `Overlapped`, so that its hooks run first, a layer's time has no part of sending. A layer that shares a
     weight lasts until the other's part of it is there too. Returns handles, whose remove() ends it.
@@ -233,15 +234,20 @@ def trace_backward(layers: Mapping[str, nn.Module], trace: list[Event]) -> list[
     for name, layer in layers.items():
         begun, missing, parameters = [], set(), [p for p in layer.parameters() if p.requires_grad]
 
-        def begin(*_, begun=begun, missing=missing, parameters=parameters) -> None:
+        def begin(_: Tensor, begun=begun, missing=missing, parameters=parameters) -> None:
             begun[:] = [time.perf_counter()]
             missing.update(parameters)
+
+        def ran(layer: nn.Module, inputs: tuple, output, begin=begin) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if first.requires_grad:
+                first.register_hook(begin)
 
         def arrived(parameter: Tensor, name=name, begun=begun, missing=missing) -> None:
             missing.discard(parameter)
             if begun and not missing:
                 trace.append(Event("backward", name, begun.pop(), time.perf_counter()))
-        handles.append(layer.register_full_backward_pre_hook(begin))
+        handles.append(layer.register_forward_hook(ran))
         handles += [parameter.register_post_accumulate_grad_hook(arrived) for parameter in parameters]
     return handles
 

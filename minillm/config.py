@@ -254,16 +254,29 @@ class ParallelConfig:
 
     dp: int = 1
     """Data-parallel ranks: each sees its own share of every batch."""
+    bucket_mb: float = 25.0
+    """MiB of gradients that travel together between data-parallel ranks."""
 
     def __post_init__(self):
-        """Refuse an axis without ranks."""
+        """Refuse an axis without ranks, and buckets without room."""
         if self.dp < 1:
             raise ValueError(f"dp = {self.dp}: every axis needs at least 1 rank.")
+        if self.bucket_mb <= 0:
+            raise ValueError(f"bucket_mb = {self.bucket_mb}: must be above 0.")
 
     @property
     def world_size(self) -> int:
         """Ranks in all: the product of the axes."""
         return self.dp
+
+    def share(self, batch_size: int) -> int:
+        """Sequences of a batch for each data-parallel rank. Raises: ValueError if it does not divide."""
+        if batch_size % self.dp:
+            below = batch_size // self.dp * self.dp
+            raise ValueError(f"a batch of {batch_size} sequences does not divide over dp = {self.dp} ranks. Nearest that work: "
+                             f"a batch of {f'{below} or ' if below else ''}{below + self.dp}, or dp = "
+                             f"{_nearest_divisors(batch_size, self.dp)}.")
+        return batch_size // self.dp
 
 
 def from_dict(cls: type, values: dict, source: str = "configuration"):

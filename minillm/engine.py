@@ -1,21 +1,26 @@
 """One training step, whatever the layout.
 
 The trainer, the alignment methods and the notebooks drive this and nothing else: `forward_backward`, `clip`, `step`.
-Today it runs one rank; a layout over several changes what stands behind these calls, not the calls. A loss function
-returns the sum over the targets of a batch; the engine divides by their count over all microbatches, so accumulation
-gives the gradient of the whole batch.
+A layout over several ranks changes what stands behind these calls, not the calls: each rank gives its share of a batch, and
+all get what one rank would get for the whole. A loss function returns the sum over the targets of a batch; the engine
+divides by their count over all microbatches and ranks, so both give the gradient of the whole batch.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from minillm.config import ModelConfig, ParallelConfig, TrainConfig
 from minillm.data.loader import Batch
 from minillm.model.huggingface import CheckpointError
 from minillm.model.transformer import Transformer
+from minillm.parallel.agreement import any_rank, on_first
+from minillm.parallel.data_parallel import Overlapped, broadcast_from_first, share_gradients
+from minillm.parallel.mesh import build_mesh
 from minillm.train.build import STATES, build_optimizer
 from minillm.train.loss import log_z_squared, next_token_loss
 from minillm.train.loss_scale import LossScaler
@@ -29,20 +34,27 @@ Loss = Callable[[Tensor, Batch], Tensor]
 class Engine:
     """A model, its optimizer and its schedule, built from the configurations.
 
-    Raises: ValueError for a device that is not there, or a layout that needs more ranks than there are.
+    With more than one rank it is made on each of them at once; all then have the first one's weights. mesh: where the ranks
+    sit, if the world is not to be laid out by `parallel` alone.
+    Raises: ValueError for a device that is not there, or a layout that this world or the batch does not fit.
     """
 
-    def __init__(self, model: ModelConfig | Transformer, train: TrainConfig,
-                 parallel: ParallelConfig = ParallelConfig(), *, loss: Loss = next_token_loss):
-        if parallel.world_size != 1:
-            raise ValueError(f"a layout of {parallel.world_size} ranks (dp = {parallel.dp}) cannot run here: this "
-                             f"version trains on one rank. Use dp = 1.")
-        self.config, self.loss = train, loss
+    def __init__(self, model: ModelConfig | Transformer, train: TrainConfig, parallel: ParallelConfig = ParallelConfig(), *,
+                 loss: Loss = next_token_loss, mesh: DeviceMesh | None = None):
+        parallel.share(train.batch_size)
+        self.config, self.parallel, self.loss = train, parallel, loss
         self.device = choose_device(train.device)
         built = model if isinstance(model, Transformer) else Transformer(model, seed=train.seed)
         self.model = built.to(self.device)
+        self.group, self.rank, self.ranks = None, 0, 1  # of the data axis
+        if parallel.world_size > 1:
+            self._join(mesh)
         self.masters = MasterWeights(self.model, DTYPES[train.precision]) if train.master_weights else None
         self.weights: dict[str, Tensor] = dict((self.masters or self.model).named_parameters())
+        self.replicas = None
+        if self.group:
+            self.replicas = Overlapped(self.weights, self.group, watched=dict(self.model.named_parameters()),
+                                       bucket_bytes=max(1, int(parallel.bucket_mb * 2 ** 20)))
         self.optimizer = build_optimizer(self.weights.items(), train)
         self.scaler = None
         if train.precision == "fp16":
@@ -60,22 +72,34 @@ class Engine:
         """Add the gradients of the mean loss of a batch. Returns that loss, a scalar on the device, in nats a target.
 
         The z-loss has its part in the gradients, but not in what is returned. With fp16 the gradients are scaled.
+        On several ranks, batch is this one's share; gradients and loss are those of all shares together.
         """
         self.model.train()
-        size = self.config.microbatch_size or len(batch.ids)
-        total, count = torch.zeros((), device=self.device), max(1, batch.count)
+        parts = batch.split(self.config.microbatch_size or max(1, len(batch.ids)))
+        total, count = torch.zeros((), device=self.device), self._everyones_count(batch)
         scale = self.scaler.scale if self.scaler else 1.0
-        for part in batch.split(size):
+        for number, part in enumerate(parts):
             loss, penalty = self._loss(self._forward, part)
-            ((loss + penalty) / count * scale).backward()
+            with self.replicas.no_sync() if self.replicas and number < len(parts) - 1 else nullcontext():
+                ((loss + penalty) / count * scale).backward()
             total += loss.detach() / count
+        if self.replicas:
+            dist.all_reduce(total, group=self.group)
+            self.replicas.finish()
         return total
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> float:
-        """The summed loss of a batch, without gradients: nats over all its targets."""
+        """The summed loss of a batch, without gradients: nats over all its targets, on several ranks those of all shares.
+        A rank's share may be empty."""
         self.model.eval()
-        return float(self._loss(self.model, batch)[0])
+        if not self.group:
+            return float(self._loss(self.model, batch)[0])
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        if len(batch.ids):
+            nats += self._loss(self.model, batch)[0]
+        dist.all_reduce(nats, group=self.group)
+        return float(nats)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale all gradients down so that their global norm is at most `max_norm` (0: leave them). Returns the norm,
@@ -101,10 +125,38 @@ class Engine:
         self.steps_done, self._finite = self.steps_done + 1, None
         return updated
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is up on at least one rank; all must ask."""
+        return any_rank(flag, self.group, self.device)
+
+    def on_first(self, action: Callable):
+        """Let the first rank act while the others wait; all get what it returned. See minillm/parallel/agreement.py."""
+        return on_first(action, self.group)
+
+    def _join(self, mesh: DeviceMesh | None) -> None:
+        """Find this rank's place, and begin with the weights of the first."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if mesh is None and world != self.parallel.world_size:
+            raise ValueError(f"a layout of {self.parallel.world_size} ranks (dp = {self.parallel.dp}) does not fit a world of "
+                             f"{world}: start as many with torchrun --nproc-per-node {self.parallel.world_size}, or with launch.")
+        axis = (build_mesh(self.parallel, device=self.device.type) if mesh is None else mesh)["dp"]
+        self.group, self.rank, self.ranks = axis.get_group(), axis.get_local_rank(), axis.size()
+        broadcast_from_first(dict(self.model.named_parameters()) | dict(self.model.named_buffers()), self.group)
+
+    def _everyones_count(self, batch: Batch) -> int | Tensor:
+        """Targets in all shares, at least 1. Gradients that are sums over ranks already are made ready for the next sum."""
+        if not self.group:
+            return max(1, batch.count)
+        share_gradients(self.weights, self.group)
+        count = torch.tensor(batch.count, device=self.device)
+        dist.all_reduce(count, group=self.group)
+        return count.clamp(min=1)
+
     def _unscale(self) -> None:
-        """Divide the gradients by the loss scale, once a step."""
+        """Divide the gradients by the loss scale, once a step. One rank that finds an infinite one speaks for all."""
         if self.scaler and self._finite is None:
-            self._finite = self.scaler.unscale(w.grad for w in self.weights.values() if w.grad is not None)
+            finite = self.scaler.unscale(w.grad for w in self.weights.values() if w.grad is not None)
+            self._finite = not self.any_rank(not finite)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a run needs beside the weights: the optimizer's state by parameter name, the step, the random state."""
@@ -157,9 +209,13 @@ class Engine:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a CUDA GPU if there is one, else the CPU. Raises: ValueError if it is absent."""
+    """The device of that name; "auto" is a CUDA GPU if there is one, else the CPU. Raises: ValueError if it is absent.
+
+    Among ranks, "auto" is a GPU only where there is one for each, that is, where NCCL connects them.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        shared = dist.is_initialized() and "nccl" not in dist.get_backend_config()
+        return torch.device("cuda" if torch.cuda.is_available() and not shared else "cpu")
     absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if absent.get(name):
         raise ValueError(f"device {name!r} is not there: torch {torch.__version__} sees none. Use --train.device cpu.")

@@ -17,7 +17,7 @@ from minillm.config import ModelConfig
 from minillm.nn.block import Block
 from minillm.nn.masks import causal, combine
 from minillm.nn.norms import build_norm
-from minillm.nn.positions import alibi, buckets, rotary_turns, two_axes, waves
+from minillm.nn.positions import Waves, alibi, buckets, rotary_turns, two_axes
 
 
 class Output(NamedTuple):
@@ -37,10 +37,11 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, seed: int = 0, device: str | torch.device = "cpu"):
         super().__init__()
-        self.config = config
+        self.config, self.heads = config, slice(None)  # which of the H heads are here: all, or one rank's
         with torch.device("meta"):  # shapes only: torch's own initial values would be drawn to be thrown away
             self.embed = nn.Embedding(config.vocab_size, config.width)
-            self.positions = nn.Embedding(config.context, config.width) if config.pos == "learned" else None
+            learned = nn.Embedding(config.context, config.width) if config.pos == "learned" else None
+            self.positions = Waves(config.width) if config.pos == "sinusoidal" else learned
             self.relative = nn.Embedding(config.relative_buckets, config.heads) if config.pos == "relative" else None
             self.embed_norm = build_norm(config) if config.embed_norm else None
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
@@ -110,9 +111,7 @@ class Transformer(nn.Module):
             if self.config.embed_scale != 1:
                 x = x * self.config.embed_scale
             if self.positions is not None:
-                x = x + self.positions(positions)
-            if self.config.pos == "sinusoidal":
-                x = x + waves(positions, self.config.width).to(x.dtype)
+                x = x + self.positions(positions).to(x.dtype)
         except IndexError:
             raise _out_of_range(self.config, ids, positions) from None
         return x if self.embed_norm is None else self.embed_norm(x)
@@ -132,14 +131,14 @@ class Transformer(nn.Module):
             mask = causal(queries, keys, ids.device) if mask is None else mask
             places = positions if queries == keys else _places(ids.new_empty(1, keys), 0, padding_mask)
             if config.pos == "alibi":
-                bias = alibi(positions, places, config.heads).to(self.embed.weight.dtype)
+                bias = alibi(positions, places, config.heads, self.heads).to(self.embed.weight.dtype)
             else:
                 numbers = buckets(positions, places, config.relative_buckets, config.relative_distance)
                 bias = self.relative(numbers).movedim(-1, 1)  # (rows, T, S, H) -> (rows, H, T, S)
             return None, bias.masked_fill(~mask, -math.inf)
         return None, mask
 
-    def _scores(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T V"]:
+    def _scores(self, x: Float[Tensor, "B _ C"]) -> Float[Tensor, "B T V"]:
         """Logits, scaled and capped as the configuration says."""
         logits, cap = self.head(x), self.config.logit_softcap
         if self.config.logit_scale != 1:

@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.heads, self.kv_heads = layer, config.heads, config.kv_size
+        self.layer, self.head_size = layer, config.head_size  # how many heads, the weights' shapes say
         self.scale, self.softcap, self.qk_norm = config.attn_scale, config.attn_softcap, config.qk_norm
         queries, keys = config.heads * config.head_size, config.kv_size * config.head_size
         self.q = nn.Linear(config.width, queries, bias="qkv" in config.bias)
@@ -76,15 +76,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T C"], rotary: Float[Tensor, "rows T 1 half 2"] | None = None,
                 mask: Mask | None = None, cache=None,
-                weights: bool = False) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B H T S"] | None]:
-        """The layer's output, and the attention weights if asked for."""
+                weights: bool = False) -> tuple[Float[Tensor, "B _ C"], Float[Tensor, "B H T S"] | None]:
+        """The layer's output (with sequence parallelism, of a part of the tokens), and the attention weights if asked for."""
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         # Plain views here: writing one token at a time, einops would take a seventh of the time of a small model.
-        q = q.unflatten(-1, (self.heads, -1))  # (B, T, H·D) -> (B, T, H, D)
-        k = k.unflatten(-1, (self.kv_heads, -1))  # (B, T, G·D) -> (B, T, G, D)
-        v = v.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # (B, T, G·D) -> (B, G, T, D)
+        q = q.unflatten(-1, (-1, self.head_size))  # (B, T, H·D) -> (B, T, H, D)
+        k = k.unflatten(-1, (-1, self.head_size))  # (B, T, G·D) -> (B, T, G, D)
+        v = v.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, T, G·D) -> (B, G, T, D)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:

@@ -30,7 +30,7 @@ class Block(nn.Module):
             self.attention_post_norm, self.ffn_post_norm = build_norm(config), build_norm(config)
 
     def forward(self, x: Float[Tensor, "B T C"], rotary=None, mask=None, cache=None,
-                weights: bool = False) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B H T S"] | None]:
+                weights: bool = False) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B H _ S"] | None]:
         """The stream after this block, and its attention weights if asked for."""
         attend = (rotary, mask, cache, weights)
         if self.order == "pre":  # GPT-2, LLaMA

@@ -29,7 +29,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.ffn_size, config.width, bias=bias)
         self.activation = ACTIVATIONS[config.mlp]
 
-    def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+    def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "... C"]:
         if self.gate is None:
             return self.down(self.activation(self.up(x)))
         return self.down(self.activation(self.gate(x)) * self.up(x))

@@ -13,7 +13,7 @@ import math
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillm.config import ModelConfig
 
@@ -102,10 +102,14 @@ def alibi_slopes(heads: int, device: torch.device | None = None) -> Float[Tensor
     return torch.tensor(slopes(below) + slopes(2 * below)[::2][:heads - below], device=device)
 
 
-def alibi(queries: Int[Tensor, "#rows T"], keys: Int[Tensor, "#rows S"], heads: int) -> Float[Tensor, "rows H T S"]:
-    """What is added to the scores: minus slope times distance, for queries and keys at these positions."""
+def alibi(queries: Int[Tensor, "#rows T"], keys: Int[Tensor, "#rows S"], heads: int, mine: slice = slice(None),
+          ) -> Float[Tensor, "rows H T S"]:
+    """What is added to the scores: minus slope times distance, for queries and keys at these positions.
+
+    mine: those of the heads that are wanted, if not all.
+    """
     distance = queries[:, None, :, None] - keys[:, None, None, :]
-    return -alibi_slopes(heads, queries.device)[:, None, None] * distance
+    return -alibi_slopes(heads, queries.device)[mine, None, None] * distance
 
 
 def buckets(queries: Int[Tensor, "#rows T"], keys: Int[Tensor, "#rows S"], count: int, furthest: int) -> Int[Tensor, "rows T S"]:
@@ -119,3 +123,14 @@ def waves(positions: Int[Tensor, "rows T"], width: int) -> Float[Tensor, "rows T
     """The first Transformer's positions: sine and cosine side by side, of wavelengths from 2π to 2π · 10,000 tokens."""
     angles = positions[:, :, None].float() * rotary_frequencies(width + width % 2, 10_000.0, positions.device)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :width]
+
+
+class Waves(nn.Module):
+    """`waves` in the place of a learned table. Shapes: positions (rows, T) -> (rows, T, C)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, positions: Int[Tensor, "rows T"]) -> Float[Tensor, "rows T C"]:
+        return waves(positions, self.width)

@@ -3,7 +3,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd import gradcheck
 
-from minillm.parallel.differentiable import copy_to, gather_from, reduce_from, scatter_to
+from minillm.parallel.differentiable import copy_to, gather_from, gather_to, reduce_from, reduce_scatter_from, scatter_to
 from minillm.parallel.launch import launch
 from minillm.parallel.rank_error import RankError
 
@@ -36,8 +36,12 @@ def checked_by_differences(me):
     columns, rows = first.chunk(me.size, 1)[me.rank], second.chunk(me.size, 0)[me.rank]
     f_then_g = lambda x: reduce_from(torch.tanh(copy_to(x, me.group) @ columns) @ rows, me.group)
     there_and_back = [lambda x, dim=dim: gather_from(scatter_to(x, dim, me.group).sin() * 2, dim, me.group) for dim in (0, -1)]
+    in_parts = lambda x: gather_from(reduce_scatter_from(torch.tanh(gather_to(scatter_to(x, 0, me.group), 0, me.group) @ columns)
+                                                         @ rows, 0, me.group), 0, me.group)
     x = x[:, :4].repeat(2, 1)  # 4 by 4
-    checks = [gradcheck(f_then_g, torch.cat([x, x[:, :1]], 1).requires_grad_())]
+    wide = torch.cat([x, x[:, :1]], 1)
+    torch.testing.assert_close(in_parts(wide), f_then_g(wide), rtol=1e-12, atol=1e-12)  # the order of summation
+    checks = [gradcheck(function, wide.clone().requires_grad_()) for function in (f_then_g, in_parts)]
     return checks + [gradcheck(function, x.clone().requires_grad_()) for function in there_and_back]
 
 
@@ -46,12 +50,12 @@ def test_gradients_of_a_split_mlp_are_the_whole_ones(backend):
 
 
 def test_gradients_by_differences(backend):
-    assert launch(checked_by_differences, 4, backend=backend) == [[True] * 3] * 4
-    assert launch(checked_by_differences, 2) == [[True] * 3] * 2
+    assert launch(checked_by_differences, 4, backend=backend) == [[True] * 4] * 4
+    assert launch(checked_by_differences, 2) == [[True] * 4] * 2
 
 
 def what_is_called(me):
-    """The collectives that each of the four makes, forward and backward."""
+    """The collectives that each of the six makes, forward and backward."""
     calls = []
 
     def recording(name, real):
@@ -60,10 +64,11 @@ def what_is_called(me):
             return real(*args, **options)
         return record
 
-    dist.all_reduce, dist.all_gather = recording("all-reduce", dist.all_reduce), recording("all-gather", dist.all_gather)
+    for name in ("all_reduce", "all_gather", "reduce_scatter"):
+        setattr(dist, name, recording(name.replace("_", "-"), getattr(dist, name)))
     x = torch.ones(2, 2, requires_grad=True)
     counts = []
-    for function, dim in ((copy_to, ()), (reduce_from, ()), (scatter_to, (0,)), (gather_from, (0,))):
+    for function, *dim in ((copy_to,), (reduce_from,), (scatter_to, 0), (gather_from, 0), (gather_to, 0), (reduce_scatter_from, 0)):
         out = function(x, *dim, me.group)
         forward, calls[:] = list(calls), []
         out.sum().backward()
@@ -73,15 +78,16 @@ def what_is_called(me):
 
 
 def test_each_of_a_pair_sends_once():
-    assert launch(what_is_called, 2)[0] == [([], ["all-reduce"]), (["all-reduce"], []), ([], ["all-gather"]), (["all-gather"], [])]
+    assert launch(what_is_called, 2)[0] == [([], ["all-reduce"]), (["all-reduce"], []), ([], ["all-gather"]), (["all-gather"], []),
+                                            (["all-gather"], ["reduce-scatter"]), (["reduce-scatter"], ["all-gather"])]
 
 
 def test_one_rank_returns_its_input():
     def same(me):
         x = torch.ones(3, 3)
-        return [function(x, *dim, me.group) is x for function, dim in
-                ((copy_to, ()), (reduce_from, ()), (scatter_to, (0,)), (gather_from, (1,)))]
-    assert launch(same, 1) == [[True] * 4]
+        return [function(x, *dim, me.group) is x for function, *dim in
+                ((copy_to,), (reduce_from,), (scatter_to, 0), (gather_from, 1), (gather_to, 1), (reduce_scatter_from, 0))]
+    assert launch(same, 1) == [[True] * 6]
 
 
 def test_a_dimension_that_does_not_divide():

@@ -254,11 +254,15 @@ class ParallelConfig:
 
     dp: int = 1
     """Data-parallel ranks: each sees its own share of every batch."""
+    bucket_mb: float = 25.0
+    """MiB of gradients that travel together between data-parallel ranks."""
 
     def __post_init__(self):
-        """Refuse an axis without ranks."""
+        """Refuse an axis without ranks, and buckets without room."""
         if self.dp < 1:
             raise ValueError(f"dp = {self.dp}: every axis needs at least 1 rank.")
+        if self.bucket_mb <= 0:
+            raise ValueError(f"bucket_mb = {self.bucket_mb}: must be above 0.")
 
     @property
     def world_size(self) -> int:

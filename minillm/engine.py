@@ -53,7 +53,8 @@ class Engine:
         self.weights: dict[str, Tensor] = dict((self.masters or self.model).named_parameters())
         self.replicas = None
         if self.group:
-            self.replicas = Overlapped(self.weights, self.group, watched=dict(self.model.named_parameters()))
+            self.replicas = Overlapped(self.weights, self.group, watched=dict(self.model.named_parameters()),
+                                       bucket_bytes=max(1, int(parallel.bucket_mb * 2 ** 20)))
         self.optimizer = build_optimizer(self.weights.items(), train)
         self.scaler = None
         if train.precision == "fp16":

@@ -40,8 +40,8 @@ def first_run(request) -> int:
     request.parallel.share(request.train.batch_size)
     if ranks > 1 and started == 1:
         raise ValueError(f"--parallel.dp {request.parallel.dp} is for {ranks} ranks, and this is one process. Start them with: "
-                         f"{Path(sys.executable).with_name('torchrun')} --nproc-per-node {ranks} -m minillm train "
-                         f"--parallel.dp {request.parallel.dp} and your other options.")
+                         f"{Path(sys.executable).with_name('torchrun')} --nproc-per-node {ranks} -m minillm "
+                         f"train --parallel.dp {request.parallel.dp} and your other options.")
     if ranks != started:
         raise ValueError(f"{started} ranks have been started, and the layout has {ranks}: add --parallel.dp {started}, or start "
                          f"with --nproc-per-node {ranks}.")
@@ -67,7 +67,7 @@ def _run(request, group) -> int:
         trainer.at[step] = partial(_sample, engine, data, request.prompt, step)
     say(f"{run}: {num_params(engine.model):,} parameters, {data.train.tokens:,} training tokens, {steps:,} steps of "
         f"{request.train.batch_size * model.context:,} tokens on {engine.device}"
-        + (f" of {engine.ranks} ranks" if engine.ranks > 1 else "") + (f", going on from {resume.name}" if resume else ""))
+        + (f", {engine.ranks} ranks" if engine.ranks > 1 else "") + (f", going on from {resume.name}" if resume else ""))
     finished = trainer.train(resume=resume)
     engine.on_first(lambda: _conclude(run, data, request.prompt) if finished else print(
         f"Stopped after step {engine.steps_done} and saved. Go on with the same command."))
@@ -89,8 +89,7 @@ def _peak(engine: Engine) -> float:
 def _data(request, run: Path, group) -> Prepared:
     """The run's own data, or a folder prepared before."""
     if request.prepared is None:
-        on_first(lambda: prepare(run / "data", request.data, request.model.vocab_size) and None, group)
-        return open_prepared(run / "data")
+        return open_prepared(on_first(lambda: prepare(run / "data", request.data, request.model.vocab_size).folder, group))
     if request.data != DataConfig():
         raise ValueError(f"--prepared {request.prepared} already says what the data is: leave the --data.* options out.")
     return open_prepared(request.prepared)

@@ -38,7 +38,7 @@ class Pending(Protocol):
 AllReduce = Callable[[Tensor, Group], Pending | None]
 """Sums a contiguous tensor over the ranks, in place. Returns what to wait for, or None when it is done."""
 BUCKET_BYTES = 25 * 2 ** 20
-"""As in torch: large enough that latency is small beside it, small enough that the first one leaves early."""
+"""As in torch, for large models. A small one wants buckets small enough that the first leaves early."""
 
 
 def torch_sum(x: Shaped[Tensor, "*shape"], group: Group) -> Pending | None:
@@ -156,8 +156,9 @@ class Overlapped:
     """As `sum_buckets`, while backward runs: a hook on every parameter starts its bucket when that is full.
 
     Buckets start in one order on all ranks: one that is full early waits for those before it. At one rank there are no
-    hooks. watched: the parameters whose hooks tell, where `parameters` are others that hold the gradients (master weights).
-    trace: a list that gets an `Event` for every bucket. On a GPU its ends would be those of the CPU's part: for CPU ranks.
+    hooks. Buckets stay: they are the memory of the gradients, Ψ elements from now on.
+    watched: the parameters whose hooks tell, where `parameters` are others that hold the gradients (master weights).
+    trace: a list that gets an `Event` for every bucket; may be set at any time. For ranks on CPUs: a GPU's work ends later.
     Cost: 2Ψ(P-1)/P elements a rank with a ring, where P divides every bucket, however many backwards `no_sync` covers.
     """
 
@@ -224,6 +225,7 @@ class Overlapped:
 
 def trace_backward(layers: Mapping[str, nn.Module], trace: list[Event]) -> list[RemovableHandle]:
     """Note when each layer's backward runs: from the gradient of its output to the last of its parameters' gradients.
+    Of several outputs, the first counts.
 
     Called before `Overlapped`, so that its hooks run first, a layer's time has no part of sending. A layer that shares a
     weight lasts until the other's part of it is there too. Returns handles, whose remove() ends it.
@@ -232,23 +234,28 @@ def trace_backward(layers: Mapping[str, nn.Module], trace: list[Event]) -> list[
     for name, layer in layers.items():
         begun, missing, parameters = [], set(), [p for p in layer.parameters() if p.requires_grad]
 
-        def begin(*_, begun=begun, missing=missing, parameters=parameters) -> None:
+        def begin(_: Tensor, begun=begun, missing=missing, parameters=parameters) -> None:
             begun[:] = [time.perf_counter()]
             missing.update(parameters)
+
+        def ran(layer: nn.Module, inputs: tuple, output, begin=begin) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if first.requires_grad:
+                first.register_hook(begin)
 
         def arrived(parameter: Tensor, name=name, begun=begun, missing=missing) -> None:
             missing.discard(parameter)
             if begun and not missing:
                 trace.append(Event("backward", name, begun.pop(), time.perf_counter()))
-        handles.append(layer.register_full_backward_pre_hook(begin))
+        handles.append(layer.register_forward_hook(ran))
         handles += [parameter.register_post_accumulate_grad_hook(arrived) for parameter in parameters]
     return handles
 
 
 def differing(tensors: Mapping[str, Tensor], group: Group) -> list[str]:
-    """Names of the tensors that have not the same bits on all ranks; the same list on all.
+    """Names of the tensors that have not the same bits on all ranks; the same list on all. Each is broadcast to compare.
 
-    Cost: one broadcast of each.   Raises: ValueError on every rank when names, shapes or dtypes differ.
+    Raises: ValueError on every rank when names, shapes or dtypes differ.
     """
     if dist.get_world_size(group) == 1:
         return []

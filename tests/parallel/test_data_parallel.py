@@ -11,6 +11,7 @@ from minillm.parallel.collectives import Traffic
 from minillm.parallel.data_parallel import (Overlapped, broadcast_from_first, differing, make_buckets, plan_buckets, ring_sum,
                                             share_gradients, sum_buckets, sum_each, torch_sum, trace_backward)
 from minillm.parallel.launch import launch
+from minillm.parallel.rank_error import RankError
 
 BYTES = 8 * 100  # of a bucket: the net below then has three
 
@@ -270,6 +271,23 @@ def test_mistakes_are_named(ranks):
 def test_all_begin_like_the_first_rank(ranks):
     unlike = {"embed.weight", "hidden.weight", "head.weight", "steps", "half", "flags"}
     assert all(set(rank["start"]) == unlike for rank in ranks)
+
+
+def only_one_lacks(me):
+    model, parameters = net()
+    spare = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    summing = Overlapped(dict(parameters, spare=spare), me.group, bucket_bytes=BYTES)
+    (summed_loss(model, rows(0, 4)) + (spare.sum() if me.rank == 0 else 0)).backward()
+    summing.finish()
+
+
+def test_a_gradient_that_one_rank_lacks_is_an_error_and_no_hang():
+    with pytest.raises(RankError, match="rank 1 of 2 raised ValueError(.|\n)*1 of 4 parameters got no gradient in this backward: spare"):
+        launch(only_one_lacks, 2, backend="gloo")
+
+
+def test_checked_mode_compares_buckets():
+    assert len(launch(against_the_whole_batch, 2, backend="gloo", checked=True)) == 2
 
 
 def alone(me):

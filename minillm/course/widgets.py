@@ -315,7 +315,7 @@ def render_buckets(backward: float, size: float, bucket: float, ranks: int, link
             shapes.append(f"<rect x='{left + scale * start:.1f}' y='{y}' width='{max(0.5, scale * (end - start)):.1f}' height='20' fill='{colour}'/>")
     picture = f"<svg width='{left + width + 6}' height='126' style='font:12px sans-serif;background:#fff'>{''.join(shapes)}</svg>"
     return (f"<div><b>{len(together):,} bucket{'s' * (len(together) > 1)} of {bucket / 1e6:,.{0 if bucket > 1e7 else 1}f} MB</b>, {ranks} ranks, {link}: {1e3 * ends[0]:,.0f} ms "
-            f"overlapped, {1e3 * (ends[0] - backward):,.1f} of them after backward; {1e3 * ends[1]:,.0f} ms one after the other</div>{picture}")
+            f"overlapped, {1e3 * (ends[0] - backward):,.0f} of them after backward; {1e3 * ends[1]:,.0f} without</div>{picture}")
 
 
 def _spans(sendings: Sequence[Sending], pixel: float) -> list[tuple[float, float]]:

@@ -174,6 +174,12 @@ HOOKS = Exercise(
 
 # cut_into_buckets
 
+def drive_cut(answer, sizes, most):
+    """Buckets as places among the names, counted from 0."""
+    names = list(sizes)
+    return [[names.index(name) for name in bucket] for bucket in answer(sizes, most)]
+
+
 def cut_into_buckets(sizes, most):
     return altered_cut()(sizes, most)
 
@@ -225,7 +231,7 @@ def parameter_sizes(draw: Draw) -> tuple:
 
 
 CUT = Exercise(
-    name="cut_into_buckets", reference=cut_into_buckets, minutes=10, difficulty=1, **COMMON,
+    name="cut_into_buckets", reference=cut_into_buckets, driver=drive_cut, minutes=10, difficulty=1, **COMMON,
     tests=(Test("sizes of all kinds", parameter_sizes, points=2),),
     hints=("Backward reaches the last layer first: go through the names in reverse.",
            "Keep one bucket open. If the next one does not fit, close it for good and open another.",

@@ -30,7 +30,7 @@ def steps_of(run):
 def test_a_run_leaves_metrics_and_checkpoints(data, tmp_path):
     looked = []
     job = trainer(data, tmp_path)
-    job.at = {3: lambda: looked.append(job.engine.steps_done) or {"sample": "text"}}
+    job.at = {3: lambda model: looked.append(job.engine.steps_done) or {"sample": "text"}}
     assert job.train() is True
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
@@ -48,7 +48,7 @@ def test_a_run_leaves_metrics_and_checkpoints(data, tmp_path):
 def test_resuming_gives_the_very_same_losses(data, tmp_path):
     trainer(data, tmp_path / "whole").train()
     first = trainer(data, tmp_path / "cut")
-    first.at = {3: lambda: first._on_signal(15, None) or {}}  # SIGTERM in the middle of the third step
+    first.at = {3: lambda model: first._on_signal(15, None) or {}}  # SIGTERM in the middle of the third step
     assert first.train() is False
     assert steps_of(tmp_path / "cut")[-1][0] == 3
     second = trainer(data, tmp_path / "cut")

@@ -166,6 +166,10 @@ class Engine:
             raise ValueError(f"a layout of {self.parallel.world_size} ranks ({axes}) does not fit a world of "
                              f"{world}: start as many with torchrun --nproc-per-node {self.parallel.world_size}, or with launch.")
         mesh = build_mesh(self.parallel, device=self.device.type) if mesh is None else mesh
+        tensor = mesh["tp"] if "tp" in mesh.mesh_dim_names else None
+        if (tensor.size() if tensor else 1) != self.parallel.tp:
+            raise ValueError(f"the mesh has the axes {', '.join(mesh.mesh_dim_names)} of {tuple(mesh.shape)} ranks, and the layout "
+                             f"tp = {self.parallel.tp}: they must agree.")
         axis, everything = mesh["dp"], dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self.rank, self.ranks = axis.get_local_rank(), axis.size()
         self.first, self.world = self.rank == 0, self.ranks
@@ -173,8 +177,8 @@ class Engine:
             self.group = axis.get_group()
             broadcast_from_first(everything, self.group)
         if self.parallel.tp > 1:
-            self.tensor_group, self.world = mesh["tp"].get_group(), self.ranks * self.parallel.tp
-            self.first &= mesh["tp"].get_local_rank() == 0
+            self.tensor_group, self.world = tensor.get_group(), self.ranks * tensor.size()
+            self.first &= tensor.get_local_rank() == 0
             broadcast_from_first(everything, self.tensor_group)
             self._split()
 
@@ -235,8 +239,8 @@ class Engine:
             slot, _, name = key.partition("/")
             if name in saved:
                 if self.tensor_group and slot != "step":
-                    value = part_of(self.model, self.tensor_group, {name: value})[name].clone()
-                saved[name][slot] = value.to(self.device)
+                    value = part_of(self.model, self.tensor_group, {name: value})[name]
+                saved[name][slot] = value.to(self.device, copy=True)  # else the next step would change the caller's tensors
         if self.masters:
             for name, weight in self.weights.items():
                 if "master" not in saved[name]:
@@ -270,12 +274,14 @@ def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfi
     if parallel.sequence_parallel and model.context % parallel.tp:
         raise ValueError(f"a context of {model.context} tokens cannot be shared out to tp = {parallel.tp} ranks. Use another "
                          f"context, or leave sequence_parallel out.")
-    refused = {f"optimizer = {train.optimizer!r}": (train.optimizer in ("muon", "adafactor"), "it looks at whole matrices, and a "
-                                                   "rank has a part of each. Use \"adamw\""),
-               "precision = 'fp8'": (train.precision == "fp8", "its scales are those of whole matrices. Use \"bf16\""),
-               "compile": (train.compile, "it has not been tried with collectives inside the model. Leave it out"),
-               "a loss of its own": (loss is not next_token_loss, "the logits are split by token, and only the next-token loss "
-                                     "reads them so. Use that")}
+    refused = {
+        f"optimizer = {train.optimizer!r}": (train.optimizer in ("muon", "adafactor"), "it looks at whole matrices, and a rank has "
+                                             "a part of each. Use \"adamw\""),
+        "precision = 'fp8'": (train.precision == "fp8", "its scales are those of whole matrices. Use \"bf16\""),
+        "compile": (train.compile, "it has not been tried with collectives inside the model. Leave it out"),
+        "a loss of its own": (loss is not next_token_loss, "the logits are split by token, and only next_token_loss has a form "
+                              "that reads them so. Use that"),
+    }
     for what, (asked, why) in refused.items():
         if asked and parallel.tp > 1:
             raise ValueError(f"tp = {parallel.tp} with {what}: {why}, or tp = 1.")

@@ -4,8 +4,8 @@ The trainer, the alignment methods and the notebooks drive this and nothing else
 A layout over several ranks changes what stands behind these calls, not the calls: each rank gives its share of a batch, and
 all get what one rank would get for the whole. A loss function returns the sum over the targets of a batch; the engine
 divides by their count over all microbatches and ranks, so both give the gradient of the whole batch.
-With tp ranks the model is cut (minillm/parallel/tensor_parallel.py), and those of one tensor group are given the same rows. What
-is saved is dense, whatever the layout, so a run can go on in another one.
+With tp ranks the model is cut (minillm/parallel/tensor_parallel.py), and those of one tensor group must be given the same
+rows. What is saved is dense, whatever the layout, so a run can go on in another one.
 """
 
 from collections.abc import Callable

@@ -15,7 +15,9 @@ from minillm.config import ParallelConfig
 from minillm.data.loader import IGNORED, Batch
 from minillm.data.prepare import open_prepared
 from minillm.engine import Engine, check_layout
+from minillm.model.huggingface import CheckpointError
 from minillm.model.transformer import Transformer
+from minillm.parallel.agreement import FirstRankError
 from minillm.parallel.launch import launch
 from minillm.parallel.mesh import build_mesh
 from minillm.parallel.tensor_parallel import gather_dense
@@ -165,17 +167,24 @@ FOUR = ParallelConfig(dp=2, tp=2)
 
 
 def jobs(me, folder, runs):
-    """A whole run; and one that goes on from the checkpoint of one process."""
+    """A whole run; one that goes on from the checkpoint of one process; and one whose disk is full."""
     data, looked = open_prepared(folder), []
     job = trainer(data, runs / "four", model=MODEL, parallel=FOUR)
     job.at = {3: lambda model: looked.append(model(torch.zeros(1, 4, dtype=torch.long)).shape) or {"sample": "text"}}
     finished = job.train()
     again = trainer(data, runs / "went on", model=MODEL, parallel=FOUR).train(resume=runs / "went on" / "step-000004")
-    return finished, again, looked
+    job = trainer(data, runs / "full", model=MODEL, parallel=FOUR)
+    job._write = lambda *_: (_ for _ in ()).throw(CheckpointError("the disk is full"))
+    try:
+        job.save()
+    except (CheckpointError, FirstRankError) as error:
+        return finished, again, looked, type(error).__name__, "the disk is full" in str(error)
 
 
 def losses(run):
-    return {r["step"]: r["loss"] for r in read_metrics(run / "metrics.jsonl") if "loss" in r}
+    found = [(r["step"], r["loss"]) for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+    assert len(found) == len(dict(found))  # one writer
+    return dict(found)
 
 
 def test_checkpoints_are_dense_and_a_run_goes_on_in_another_layout(tmp_path):
@@ -183,7 +192,8 @@ def test_checkpoints_are_dense_and_a_run_goes_on_in_another_layout(tmp_path):
     trainer(data, tmp_path / "alone", model=MODEL).train()
     shutil.copytree(tmp_path / "alone", tmp_path / "went on")
     found = launch(jobs, 4, data.folder, tmp_path, backend="gloo")
-    assert found == [(True, True, [torch.Size([1, 4, 300])])] + [(True, True, [])] * 3
+    assert found == [(True, True, [torch.Size([1, 4, 300])], "CheckpointError", True),
+                     *[(True, True, [], "FirstRankError", True)] * 3]
     shutil.copytree(tmp_path / "four", tmp_path / "back")
     assert trainer(data, tmp_path / "back", model=MODEL).train(resume=tmp_path / "back" / "step-000004")
     wanted = losses(tmp_path / "alone")
@@ -251,7 +261,8 @@ def test_torchrun_does_what_one_process_does(tmp_path):
     wanted = losses(tmp_path / "alone")
     # float32: sums in another order
     assert len(wanted) == 6 and losses(tmp_path / "four") == pytest.approx(wanted, rel=1e-4)
-    samples = [[r["sample"] for r in read_metrics(tmp_path / run / "metrics.jsonl") if "sample" in r] for run in ("alone", "four")]
+    samples = [[r["sample"] for r in read_metrics(tmp_path / run / "metrics.jsonl") if "sample" in r]
+               for run in ("alone", "four")]
     assert len(samples[0]) == len(samples[1]) > 0 and all(samples[1])
     code, said, err = command(*TRAIN, "--out", tmp_path / "four", "--parallel.dp", "2", "--parallel.tp", "2")
     assert code == 2 and "--parallel.dp 2 --parallel.tp 2 is for 4 ranks, and this is one process" in err

@@ -14,12 +14,15 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
+from torch import Tensor
+
 from minillm.config import ParallelConfig, TrainConfig
 from minillm.data.loader import Loader, evaluation_batches
 from minillm.data.shards import TokenShards
 from minillm.engine import Engine
 from minillm.model.huggingface import CheckpointError, load_pretrained
 from minillm.model.flops import training_flops_per_token
+from minillm.model.transformer import Transformer
 from minillm.progress import bar, say
 from minillm.train.checkpoint import latest_checkpoint, leave_behind, load_checkpoint, prune, save_checkpoint
 from minillm.train.loss import bits_per_byte
@@ -38,13 +41,14 @@ class TrainingError(RuntimeError):
 class Trainer:
     """Drives an engine over a loader.
 
-    at: functions to call after certain steps (0 is before the first), which return values for the metrics file.
+    at: functions of the whole model to call after certain steps (0 is before the first), which return values for the
+    metrics file.
     peak: floating-point operations a second that a rank's device could do; then the model's share of them (MFU) is told, too.
     """
 
     def __init__(self, engine: Engine, loader: Loader, validation: TokenShards, run: str | Path, *,
                  tokenizer=None, tensorboard: bool = False,
-                 at: dict[int, Callable[[], dict]] | None = None, peak: float | None = None):
+                 at: dict[int, Callable[[Transformer], dict]] | None = None, peak: float | None = None):
         self.engine, self.loader, self.validation, self.run = engine, loader, validation, Path(run)
         self.config: TrainConfig = engine.config
         self.tokenizer, self.tensorboard, self.at = tokenizer, tensorboard, at or {}
@@ -63,7 +67,7 @@ class Trainer:
             for name in self.engine.on_first(lambda: [folder.name for folder in leave_behind(self.run, Path(resume))]):
                 say(f"{name} comes later than {Path(resume).name} and was put aside under this name.")
         metrics = None
-        if self.engine.rank == 0:
+        if self.engine.first:
             metrics = Metrics(self.run / "metrics.jsonl", resume_at=self.engine.steps_done if resume else None,
                               tensorboard=self.tensorboard)
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -128,14 +132,17 @@ class Trainer:
         found = {"tokens_per_second": round(tokens_per_second)}
         if self.peak:
             needed = training_flops_per_token(self.engine.model.config, self.loader.context)
-            found["mfu"] = round(tokens_per_second * needed / (self.peak * self.engine.ranks), 4)
+            found["mfu"] = round(tokens_per_second * needed / (self.peak * self.engine.world), 4)
         return found
 
     def _look(self, metrics: Metrics | None) -> dict:
         """Measure the validation loss, and do whatever is planned for this step."""
         done = self.engine.steps_done
         found = self.evaluate(None if done >= self.config.steps else self.config.eval_sequences)
-        planned = self.engine.on_first(self.at[done]) if done in self.at else {}
+        planned = {}
+        if done in self.at:
+            model = self.engine.whole_model() if self.engine.rank == 0 else None
+            planned = self.engine.on_first(lambda: self.at[done](model))
         for values in (found, planned) if metrics else ():
             if values:
                 metrics.write(done, **values)
@@ -157,15 +164,16 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this very moment, and remove the oldest."""
         folder = self.run / f"step-{self.engine.steps_done:06d}"
-        self.engine.on_first(lambda: self._write(folder))
+        # of the replicas, the first is brought together
+        whole = (self.engine.whole_model(), self.engine.state_dict()) if self.engine.rank == 0 else ()
+        self.engine.on_first(lambda: self._write(folder, *whole))
         return folder
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, model: Transformer, tensors: dict[str, Tensor]) -> None:
         notes = {"step": self.engine.steps_done, "model": asdict(self.engine.model.config),
                  "train": asdict(self.config), "parallel": asdict(self.engine.parallel), "device": str(self.engine.device),
                  "loader": self.loader.state_dict()}
-        save_checkpoint(folder, self.engine.model, self.engine.state_dict(), notes,
-                        self.tokenizer.save if self.tokenizer else None)
+        save_checkpoint(folder, model, tensors, notes, self.tokenizer.save if self.tokenizer else None)
         prune(self.run, self.config.keep)
 
     def restore(self, folder: Path) -> None:
@@ -176,7 +184,7 @@ class Trainer:
         checkpoint = load_checkpoint(folder)
         self._check_same(checkpoint.folder, checkpoint.notes)
         weights = load_pretrained(folder, dtype=self.engine.model.embed.weight.dtype).state_dict()
-        self.engine.model.load_state_dict(weights)
+        self.engine.load_weights(weights)
         self.engine.load_state_dict(checkpoint.tensors)
         self.loader.load_state_dict(checkpoint.notes["loader"])
 

@@ -112,8 +112,9 @@ def test_unknown_key_suggests_the_nearest():
 
 
 def test_parallel_config_multiplies_its_axes():
-    assert ParallelConfig(dp=4).world_size == 4
-    for wrong in ({"dp": 0}, {"bucket_mb": 0.0}):
+    assert ParallelConfig(dp=4).world_size == 4 and ParallelConfig(dp=4, tp=2).world_size == 8
+    assert ParallelConfig(tp=2).axes == {"tp": 2}
+    for wrong in ({"dp": 0}, {"tp": 0}, {"sequence_parallel": True}, {"bucket_mb": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ParallelConfig(**wrong)
 

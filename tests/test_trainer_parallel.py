@@ -49,7 +49,7 @@ def jobs(me, folder, runs):
     data, found = open_prepared(folder), {}
     looked = []
     job = trainer(data, runs / "whole", parallel=TWO)
-    job.peak, job.at = 1e9, {3: lambda: looked.append(me.rank) or {"sample": "text"}}
+    job.peak, job.at = 1e9, {3: lambda model: looked.append(me.rank) or {"sample": "text"}}
     found["whole"], found["looked"] = job.train(), looked
 
     job = trainer(data, runs / "cut", parallel=TWO)
@@ -74,7 +74,7 @@ def jobs(me, folder, runs):
         found["broken"] = str(error)
 
     job = trainer(data, runs / "full", parallel=TWO)
-    job._write = lambda folder: (_ for _ in ()).throw(CheckpointError("the disk is full"))
+    job._write = lambda *_: (_ for _ in ()).throw(CheckpointError("the disk is full"))
     try:
         job.train()
     except (CheckpointError, FirstRankError) as error:
@@ -86,7 +86,7 @@ def jobs(me, folder, runs):
 def ranks(data, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     job = trainer(data, runs / "alone")
-    job.at = {3: lambda: {"sample": "text"}}
+    job.at = {3: lambda model: {"sample": "text"}}
     job.train()
     return runs, launch(jobs, 2, data.folder, runs, backend="gloo")
 

@@ -15,10 +15,10 @@ from minillm.course.doctor import matmul_rate
 from minillm.course.report import write_report
 from minillm.data.loader import Loader
 from minillm.data.prepare import DataConfig, Prepared, open_prepared, prepare
-from minillm.engine import Engine
+from minillm.engine import Engine, check_layout
 from minillm.infer.generate import stream_text
 from minillm.infer.sampling import Sampling
-from minillm.model.transformer import num_params
+from minillm.model.transformer import Transformer, num_params
 from minillm.parallel.agreement import on_first
 from minillm.parallel.launch import launch
 from minillm.progress import say
@@ -37,14 +37,17 @@ def first_run(request) -> int:
     Raises: ValueError where there are not as many ranks as the layout has.
     """
     ranks, started = request.parallel.world_size, int(os.environ.get("WORLD_SIZE", 1))
-    request.parallel.share(request.train.batch_size)
+    check_layout(request.model, request.train, request.parallel)
     if ranks > 1 and started == 1:
-        raise ValueError(f"--parallel.dp {request.parallel.dp} is for {ranks} ranks, and this is one process. Start them with: "
+        axes = " ".join(f"--parallel.{axis} {size}" for axis, size in request.parallel.axes.items())
+        raise ValueError(f"{axes} is for {ranks} ranks, and this is one process. Start them with: "
                          f"{Path(sys.executable).with_name('torchrun')} --nproc-per-node {ranks} -m minillm "
-                         f"train --parallel.dp {request.parallel.dp} and your other options.")
+                         f"train {axes} and your other options.")
     if ranks != started:
-        raise ValueError(f"{started} ranks have been started, and the layout has {ranks}: add --parallel.dp {started}, or start "
-                         f"with --nproc-per-node {ranks}.")
+        fits, rest = divmod(started, request.parallel.tp)
+        raise ValueError(f"{started} ranks have been started, and the layout has {ranks}: "
+                         + ("start with" if rest or not fits else f"add --parallel.dp {fits}, or start with")
+                         + f" --nproc-per-node {ranks}.")
     if ranks == 1:
         return _run(request, None)
     return launch(lambda me: _run(request, me.group), ranks, timeout=PATIENCE)[0]
@@ -56,6 +59,7 @@ def _run(request, group) -> int:
     resume = on_first(lambda: _place_to_begin(request, run), group)
     data = _data(request, run, group)
     model = _fitting(request.model, data)
+    size = num_params(Transformer(model, device="meta"))
     engine = Engine(model, request.train, request.parallel)
     loader = Loader(data.train, request.train.batch_size, model.context, seed=request.train.seed, rank=engine.rank,
                     ranks=engine.ranks)
@@ -64,10 +68,10 @@ def _run(request, group) -> int:
                       peak=engine.on_first(lambda: _peak(engine)))
     # Three looks at the same prompt: early, when words begin to form, and at the end.
     for step in sorted({max(1, steps // 20), max(1, steps // 4), steps}):
-        trainer.at[step] = partial(_sample, engine, data, request.prompt, step)
-    say(f"{run}: {num_params(engine.model):,} parameters, {data.train.tokens:,} training tokens, {steps:,} steps of "
+        trainer.at[step] = partial(_sample, data=data, prompt=request.prompt, step=step)
+    say(f"{run}: {size:,} parameters, {data.train.tokens:,} training tokens, {steps:,} steps of "
         f"{request.train.batch_size * model.context:,} tokens on {engine.device}"
-        + (f", {engine.ranks} ranks" if engine.ranks > 1 else "") + (f", going on from {resume.name}" if resume else ""))
+        + (f", {engine.world} ranks" if engine.world > 1 else "") + (f", going on from {resume.name}" if resume else ""))
     finished = trainer.train(resume=resume)
     engine.on_first(lambda: _conclude(run, data, request.prompt) if finished else print(
         f"Stopped after step {engine.steps_done} and saved. Go on with the same command."))
@@ -131,12 +135,11 @@ def _set_aside(run: Path) -> None:
         say(f"{run} was there: it is now {aside}.")
 
 
-def _sample(engine: Engine, data: Prepared, prompt: str, step: int) -> dict[str, str]:
+def _sample(model: Transformer, data: Prepared, prompt: str, step: int) -> dict[str, str]:
     """What the model writes now; the same seed every time, so that only the model differs."""
     started = time.perf_counter()
-    engine.model.eval()
-    text = "".join(stream_text(engine.model, data.tokenizer, prompt, SAMPLE_TOKENS, sampling=Sampling(temperature=0.8),
-                               seed=0))
+    model.eval()
+    text = "".join(stream_text(model, data.tokenizer, prompt, SAMPLE_TOKENS, sampling=Sampling(temperature=0.8), seed=0))
     say(f"\n  step {step}: {prompt}{text}\n")
     return {"sample": text, "sample_seconds": round(time.perf_counter() - started, 3)}
 

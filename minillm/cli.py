@@ -6,11 +6,13 @@ the fields of ModelConfig and TrainConfig. An error that the library explains is
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch.distributed as dist
 import tyro
 
 from minillm.config import ModelConfig, ParallelConfig, TrainConfig
@@ -22,6 +24,7 @@ from minillm.data.stories import entropy, expected_bytes
 from minillm.data.story_tasks import SEED, TASKS
 from minillm.files import write_atomically
 from minillm.model.families import PRESETS, preset
+from minillm.parallel.agreement import FirstRankError
 from minillm.progress import show_progress
 from minillm.text.bpe import BPETokenizer
 from minillm.train.checkpoint import latest_checkpoint
@@ -265,14 +268,21 @@ def main(args: list[str] | None = None) -> None:
     130 after Ctrl-C.
     """
     args = sys.argv[1:] if args is None else args
-    show_progress()
+    first = os.environ.get("RANK", "0") == "0"  # of the ranks that torchrun has started
+    show_progress(first)
     try:
         sys.exit(parse(args).run())
-    except TrainingError as error:
-        print(f"minillm: {error}", file=sys.stderr)
+    except FirstRankError:  # told by the first rank
+        sys.exit(2)
+    except TrainingError as error:  # all ranks have the same
+        if first:
+            print(f"minillm: {error}", file=sys.stderr)
         sys.exit(3)
     except (ValueError, OSError, ImportError) as error:
-        print(f"minillm: {error}", file=sys.stderr)
+        if first:
+            print(f"minillm: {error}", file=sys.stderr)
+        elif dist.is_initialized():  # before that, all ranks have read the same words
+            print(f"minillm, rank {dist.get_rank()}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("minillm: interrupted.", file=sys.stderr)

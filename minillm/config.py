@@ -250,20 +250,45 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a run is laid out over ranks. Data parallelism is the only axis so far."""
+    """How a run is laid out over ranks: dp · tp of them. Both axes have been run on CPUs over gloo only."""
 
     dp: int = 1
     """Data-parallel ranks: each sees its own share of every batch."""
+    tp: int = 1
+    """Tensor-parallel ranks: each holds a part of every matrix, and sees the same rows."""
+    sequence_parallel: bool = False
+    """With tp: between the matrices, each of those ranks keeps only its share of the tokens, too."""
+    bucket_mb: float = 25.0
+    """MiB of gradients that travel together between data-parallel ranks."""
 
     def __post_init__(self):
-        """Refuse an axis without ranks."""
-        if self.dp < 1:
-            raise ValueError(f"dp = {self.dp}: every axis needs at least 1 rank.")
+        """Refuse an axis without ranks, and buckets without room."""
+        for axis in ("dp", "tp"):
+            if getattr(self, axis) < 1:
+                raise ValueError(f"{axis} = {getattr(self, axis)}: every axis needs at least 1 rank.")
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel with tp = 1: it shares tokens out among tensor-parallel ranks. Use tp = 2 or more.")
+        if self.bucket_mb <= 0:
+            raise ValueError(f"bucket_mb = {self.bucket_mb}: must be above 0.")
 
     @property
     def world_size(self) -> int:
         """Ranks in all: the product of the axes."""
-        return self.dp
+        return self.dp * self.tp
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The axes with more than one rank, and their sizes."""
+        return {axis: size for axis, size in (("dp", self.dp), ("tp", self.tp)) if size > 1}
+
+    def share(self, batch_size: int) -> int:
+        """Sequences of a batch for each data-parallel rank. Raises: ValueError if it does not divide."""
+        if batch_size % self.dp:
+            below = batch_size // self.dp * self.dp
+            raise ValueError(f"a batch of {batch_size} sequences does not divide over dp = {self.dp} ranks. Nearest that work: "
+                             f"a batch of {f'{below} or ' if below else ''}{below + self.dp}, or dp = "
+                             f"{_nearest_divisors(batch_size, self.dp)}.")
+        return batch_size // self.dp
 
 
 def from_dict(cls: type, values: dict, source: str = "configuration"):

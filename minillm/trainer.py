@@ -2,6 +2,8 @@
 
 Killed at any moment, a run resumes from its last checkpoint to the same losses, bit for bit on one device: weights,
 optimizer, random state and the loader's position are saved together. Ctrl-C and SIGTERM finish the step, save and stop.
+On several ranks all do the same steps; the first one alone writes, shows and does what is planned, and the others wait. A
+signal to one of them stops all after the same step.
 """
 
 import math
@@ -12,12 +14,15 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
+from torch import Tensor
+
 from minillm.config import ParallelConfig, TrainConfig
 from minillm.data.loader import Loader, evaluation_batches
 from minillm.data.shards import TokenShards
 from minillm.engine import Engine
 from minillm.model.huggingface import CheckpointError, load_pretrained
 from minillm.model.flops import training_flops_per_token
+from minillm.model.transformer import Transformer
 from minillm.progress import bar, say
 from minillm.train.checkpoint import latest_checkpoint, leave_behind, load_checkpoint, prune, save_checkpoint
 from minillm.train.loss import bits_per_byte
@@ -36,16 +41,17 @@ class TrainingError(RuntimeError):
 class Trainer:
     """Drives an engine over a loader.
 
-    at: functions to call after certain steps (0 is before the first), which return values for the metrics file.
-    peak: floating-point operations a second that the device could do; then the model's share of them (MFU) is told, too.
+    at: functions of the whole model to call after certain steps (0 is before the first), which return values for the
+    metrics file.
+    peak: floating-point operations a second that a rank's device could do; then the model's share of them (MFU) is told, too.
     """
 
     def __init__(self, engine: Engine, loader: Loader, validation: TokenShards, run: str | Path, *,
-                 parallel: ParallelConfig = ParallelConfig(), tokenizer=None, tensorboard: bool = False,
-                 at: dict[int, Callable[[], dict]] | None = None, peak: float | None = None):
+                 tokenizer=None, tensorboard: bool = False,
+                 at: dict[int, Callable[[Transformer], dict]] | None = None, peak: float | None = None):
         self.engine, self.loader, self.validation, self.run = engine, loader, validation, Path(run)
         self.config: TrainConfig = engine.config
-        self.parallel, self.tokenizer, self.tensorboard, self.at = parallel, tokenizer, tensorboard, at or {}
+        self.tokenizer, self.tensorboard, self.at = tokenizer, tensorboard, at or {}
         self.peak = peak
         self._skipped = 0  # steps in a row, by the loss scaler
         self._stop: signal.Signals | None = None
@@ -58,31 +64,35 @@ class Trainer:
         """
         if resume:
             self.restore(resume)
-            for folder in leave_behind(self.run, Path(resume)):
-                say(f"{folder.name} comes later than {Path(resume).name} and was put aside under this name.")
-        metrics = Metrics(self.run / "metrics.jsonl", resume_at=self.engine.steps_done if resume else None,
-                          tensorboard=self.tensorboard)
+            for name in self.engine.on_first(lambda: [folder.name for folder in leave_behind(self.run, Path(resume))]):
+                say(f"{name} comes later than {Path(resume).name} and was put aside under this name.")
+        metrics = None
+        if self.engine.first:
+            metrics = Metrics(self.run / "metrics.jsonl", resume_at=self.engine.steps_done if resume else None,
+                              tensorboard=self.tensorboard)
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._loop(metrics, fresh=not resume)
         finally:
-            metrics.close()
+            if metrics:
+                metrics.close()
             for which, handler in previous.items():
                 signal.signal(which, handler)
 
-    def _loop(self, metrics: Metrics, fresh: bool) -> bool:
+    def _loop(self, metrics: Metrics | None, fresh: bool) -> bool:
         """All the steps that are left."""
-        steps, started = self.config.steps, time.perf_counter()
+        steps, started, stopped = self.config.steps, time.perf_counter(), False
         saved = None if fresh else self.engine.steps_done
         if fresh:
             self._look(metrics)
         with bar("train", total=steps, unit="step", start=self.engine.steps_done) as progress:
-            while self.engine.steps_done < steps and not self._stop:
+            while self.engine.steps_done < steps and not (stopped := self.engine.any_rank(self._stop is not None)):
                 found = self._step()
                 done, now = self.engine.steps_done, time.perf_counter()
                 tokens = self.config.batch_size * self.loader.context
                 speed = self._speed(tokens / (now - started))
-                metrics.write(done, **found, tokens=done * tokens, **speed)
+                if metrics:
+                    metrics.write(done, **found, tokens=done * tokens, **speed)
                 started = now
                 if done % self.config.eval_every == 0 or done == steps or done in self.at:
                     seen = self._look(metrics)
@@ -93,7 +103,7 @@ class Trainer:
                     self.save()
                     saved = done
                 progress.update(1)
-        if self._stop and saved != self.engine.steps_done:
+        if stopped and saved != self.engine.steps_done:
             self.save()
         return self.engine.steps_done >= steps
 
@@ -122,16 +132,20 @@ class Trainer:
         found = {"tokens_per_second": round(tokens_per_second)}
         if self.peak:
             needed = training_flops_per_token(self.engine.model.config, self.loader.context)
-            found["mfu"] = round(tokens_per_second * needed / self.peak, 4)
+            found["mfu"] = round(tokens_per_second * needed / (self.peak * self.engine.world), 4)
         return found
 
-    def _look(self, metrics: Metrics) -> dict:
+    def _look(self, metrics: Metrics | None) -> dict:
         """Measure the validation loss, and do whatever is planned for this step."""
         done = self.engine.steps_done
         found = self.evaluate(None if done >= self.config.steps else self.config.eval_sequences)
-        metrics.write(done, **found)
+        planned = {}
         if done in self.at:
-            metrics.write(done, **self.at[done]())
+            model = self.engine.whole_model() if self.engine.rank == 0 else None
+            planned = self.engine.on_first(lambda: self.at[done](model))
+        for values in (found, planned) if metrics else ():
+            if values:
+                metrics.write(done, **values)
         return found
 
     def evaluate(self, sequences: int | None = None) -> dict:
@@ -140,7 +154,8 @@ class Trainer:
         size = self.config.microbatch_size or self.config.batch_size
         most = None if sequences is None else -(-sequences // size)
         for batch in islice(evaluation_batches(self.validation, size, self.loader.context), most):
-            nats, count = nats + self.engine.evaluate(batch), count + batch.count
+            share = batch.part(self.engine.rank, self.engine.ranks)
+            nats, count = nats + self.engine.evaluate(share), count + batch.count
         found = {"val_loss": nats / count, "val_tokens": count}
         if sequences is None:
             found["val_bits_per_byte"] = bits_per_byte(nats, self.validation.bytes)
@@ -149,13 +164,17 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this very moment, and remove the oldest."""
         folder = self.run / f"step-{self.engine.steps_done:06d}"
-        notes = {"step": self.engine.steps_done, "model": asdict(self.engine.model.config),
-                 "train": asdict(self.config), "parallel": asdict(self.parallel), "device": str(self.engine.device),
-                 "loader": self.loader.state_dict()}
-        save_checkpoint(folder, self.engine.model, self.engine.state_dict(), notes,
-                        self.tokenizer.save if self.tokenizer else None)
-        prune(self.run, self.config.keep)
+        # of the replicas, the first is brought together
+        whole = (self.engine.whole_model(), self.engine.state_dict()) if self.engine.rank == 0 else ()
+        self.engine.on_first(lambda: self._write(folder, *whole))
         return folder
+
+    def _write(self, folder: Path, model: Transformer, tensors: dict[str, Tensor]) -> None:
+        notes = {"step": self.engine.steps_done, "model": asdict(self.engine.model.config),
+                 "train": asdict(self.config), "parallel": asdict(self.engine.parallel), "device": str(self.engine.device),
+                 "loader": self.loader.state_dict()}
+        save_checkpoint(folder, model, tensors, notes, self.tokenizer.save if self.tokenizer else None)
+        prune(self.run, self.config.keep)
 
     def restore(self, folder: Path) -> None:
         """Take back weights, optimizer, random state and the loader's position.
@@ -165,13 +184,13 @@ class Trainer:
         checkpoint = load_checkpoint(folder)
         self._check_same(checkpoint.folder, checkpoint.notes)
         weights = load_pretrained(folder, dtype=self.engine.model.embed.weight.dtype).state_dict()
-        self.engine.model.load_state_dict(weights)
+        self.engine.load_weights(weights)
         self.engine.load_state_dict(checkpoint.tensors)
         self.loader.load_state_dict(checkpoint.notes["loader"])
 
     def _check_same(self, folder: Path, notes: dict) -> None:
-        """A checkpoint of another run must not be continued by accident."""
-        asked = {"model": self.engine.model.config, "train": self.config, "parallel": self.parallel}
+        """A checkpoint of another run must not be continued by accident. The layout may differ: the batches are the same."""
+        asked = {"model": self.engine.model.config, "train": self.config}
         differing = []
         for part, config in asked.items():
             for field, value in asdict(config).items():

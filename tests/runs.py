@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from minillm.config import TrainConfig
+from minillm.config import ParallelConfig, TrainConfig
 from minillm.data.loader import Loader
 from minillm.data.prepare import DataConfig, Prepared, prepare
 from minillm.engine import Engine
@@ -19,9 +19,9 @@ def small_data(folder: Path) -> Prepared:
     return prepare(folder, DataConfig(size=40_000, val_fraction=0.2), 300)
 
 
-def trainer(data: Prepared, run: Path, model=TINY, **changes) -> Trainer:
+def trainer(data: Prepared, run: Path, model=TINY, parallel=ParallelConfig(), **changes) -> Trainer:
     """A trainer over the small data."""
     plan = replace(PLAN, **changes)
-    engine = Engine(model, plan)
-    return Trainer(engine, Loader(data.train, plan.batch_size, model.context, seed=plan.seed), data.val, run,
-                   tokenizer=data.tokenizer)
+    engine = Engine(model, plan, parallel)
+    loader = Loader(data.train, plan.batch_size, model.context, seed=plan.seed, rank=engine.rank, ranks=engine.ranks)
+    return Trainer(engine, loader, data.val, run, tokenizer=data.tokenizer)

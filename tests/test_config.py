@@ -112,9 +112,18 @@ def test_unknown_key_suggests_the_nearest():
 
 
 def test_parallel_config_multiplies_its_axes():
-    assert ParallelConfig(dp=4).world_size == 4
-    with pytest.raises(ValueError, match="dp = 0"):
-        ParallelConfig(dp=0)
+    assert ParallelConfig(dp=4).world_size == 4 and ParallelConfig(dp=4, tp=2).world_size == 8
+    assert ParallelConfig(tp=2).axes == {"tp": 2}
+    for wrong in ({"dp": 0}, {"tp": 0}, {"sequence_parallel": True}, {"bucket_mb": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ParallelConfig(**wrong)
+
+
+def test_each_rank_has_an_equal_share_of_the_batch():
+    assert ParallelConfig(dp=4).share(16) == 4
+    for dp, batch, words in ((3, 16, "a batch of 15 or 18, or dp = 2 or 4"), (8, 4, "a batch of 8, or dp = 4.")):
+        with pytest.raises(ValueError, match=words):
+            ParallelConfig(dp=dp).share(batch)
 
 
 def test_gated_default_width_keeps_the_parameters_of_a_plain_layer():

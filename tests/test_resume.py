@@ -137,7 +137,7 @@ def cut(data, whole):
 
 def measured(run):
     """Everything in the metrics file but the time that it took."""
-    return [{name: value for name, value in record.items() if name not in ("tokens_per_second", "sample_seconds")}
+    return [{name: value for name, value in record.items() if name not in ("tokens_per_second", "mfu", "sample_seconds")}
             for record in read_metrics(run / "metrics.jsonl")]
 
 

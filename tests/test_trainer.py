@@ -30,7 +30,7 @@ def steps_of(run):
 def test_a_run_leaves_metrics_and_checkpoints(data, tmp_path):
     looked = []
     job = trainer(data, tmp_path)
-    job.at = {3: lambda: looked.append(job.engine.steps_done) or {"sample": "text"}}
+    job.at = {3: lambda model: looked.append(job.engine.steps_done) or {"sample": "text"}}
     assert job.train() is True
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
@@ -48,7 +48,7 @@ def test_a_run_leaves_metrics_and_checkpoints(data, tmp_path):
 def test_resuming_gives_the_very_same_losses(data, tmp_path):
     trainer(data, tmp_path / "whole").train()
     first = trainer(data, tmp_path / "cut")
-    first.at = {3: lambda: first._on_signal(15, None) or {}}  # SIGTERM in the middle of the third step
+    first.at = {3: lambda model: first._on_signal(15, None) or {}}  # SIGTERM in the middle of the third step
     assert first.train() is False
     assert steps_of(tmp_path / "cut")[-1][0] == 3
     second = trainer(data, tmp_path / "cut")
@@ -128,7 +128,7 @@ def test_a_loss_that_is_no_number_stops_with_advice_and_spoils_nothing(data, tmp
         return right * float("nan") if wrong == "loss" else right + (logits * 0).square().sum().sqrt()
 
     job.engine.loss = loss
-    job.at = {3: lambda: before.update({n: t.clone() for n, t in job.engine.model.state_dict().items()}) or {}}
+    job.at = {3: lambda model: before.update({n: t.clone() for n, t in job.engine.model.state_dict().items()}) or {}}
     before = {}
     with pytest.raises(TrainingError) as error:
         job.train()
@@ -169,7 +169,7 @@ def test_a_signal_at_any_moment_saves_this_very_step(data, tmp_path, monkeypatch
     if when == "between steps":
         monkeypatch.setattr("minillm.trainer.bar", Bar)
     else:
-        job.at = {step: lambda: os.kill(os.getpid(), signal.SIGINT) or {}}
+        job.at = {step: lambda model: os.kill(os.getpid(), signal.SIGINT) or {}}
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     assert job.train() is (step == 6)
     assert [f.name for f in checkpoint.checkpoints(tmp_path / "run")] == [f"step-{step:06d}"]
@@ -181,7 +181,7 @@ def test_a_signal_at_any_moment_saves_this_very_step(data, tmp_path, monkeypatch
 
 def test_a_second_signal_does_not_wait(data, tmp_path):
     job = trainer(data, tmp_path)
-    job.at = {2: lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and {}}
+    job.at = {2: lambda model: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and {}}
     with pytest.raises(KeyboardInterrupt):
         job.train()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -260,7 +260,7 @@ def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(data, tmp
     before = steps_of(tmp_path)
     weights = (tmp_path / "step-000006" / "model.safetensors").read_bytes()
     again = trainer(data, tmp_path, keep=1)
-    again.at = {3: lambda: again._on_signal(15, None) or {}}  # stopped half way along the new branch
+    again.at = {3: lambda model: again._on_signal(15, None) or {}}  # stopped half way along the new branch
     assert again.train(resume=tmp_path / "step-000002") is False
     # the newest checkpoint is the new branch's, not the one that was given up, which is kept under another name
     assert checkpoint.latest_checkpoint(tmp_path).name == "step-000003"

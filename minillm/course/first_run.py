@@ -1,9 +1,12 @@
 """`minillm train`, and so `make run`: from raw text to a model that writes, with a report to show for it.
 
 Everything of a run is in one folder: data/, step-*/ (checkpoints), metrics.jsonl, loss.png, report.html.
+Under torchrun every rank runs this; the first one prepares the data, writes and prints, and the others wait for it.
 """
 
 import json
+import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -12,44 +15,73 @@ from minillm.course.doctor import matmul_rate
 from minillm.course.report import write_report
 from minillm.data.loader import Loader
 from minillm.data.prepare import DataConfig, Prepared, open_prepared, prepare
-from minillm.engine import Engine
+from minillm.engine import Engine, check_layout
 from minillm.infer.generate import stream_text
 from minillm.infer.sampling import Sampling
-from minillm.model.transformer import num_params
+from minillm.model.transformer import Transformer, num_params
+from minillm.parallel.agreement import on_first
+from minillm.parallel.launch import launch
 from minillm.progress import say
 from minillm.train.checkpoint import checkpoints, latest_checkpoint
 from minillm.train.precision import DTYPES
 from minillm.trainer import Trainer
 
 SAMPLE_TOKENS = 120
+PATIENCE = 3600.0
+"""Seconds that ranks wait for the first one to prepare the data, or to write."""
 
 
 def first_run(request) -> int:
-    """Carry out a `Train` request of the command line. Returns the exit code."""
+    """Carry out a `Train` request of the command line. Returns the exit code.
+
+    Raises: ValueError where there are not as many ranks as the layout has.
+    """
+    ranks, started = request.parallel.world_size, int(os.environ.get("WORLD_SIZE", 1))
+    check_layout(request.model, request.train, request.parallel)
+    if ranks > 1 and started == 1:
+        axes = " ".join(f"--parallel.{axis} {size}" for axis, size in request.parallel.axes.items())
+        raise ValueError(f"{axes} is for {ranks} ranks, and this is one process. Start them with: "
+                         f"{Path(sys.executable).with_name('torchrun')} --nproc-per-node {ranks} -m minillm "
+                         f"train {axes} and your other options.")
+    if ranks != started:
+        fits, rest = divmod(started, request.parallel.tp)
+        raise ValueError(f"{started} ranks have been started, and the layout has {ranks}: "
+                         + ("start with" if rest or not fits else f"add --parallel.dp {fits}, or start with")
+                         + f" --nproc-per-node {ranks}.")
+    if ranks == 1:
+        return _run(request, None)
+    return launch(lambda me: _run(request, me.group), ranks, timeout=PATIENCE)[0]
+
+
+def _run(request, group) -> int:
+    """The whole of it, on one of the group's ranks or alone."""
     run = Path(request.out)
-    if request.fresh:
-        _set_aside(run)
-    resume = _where_to_resume(run, request.resume)
-    data = _data(request, run)
+    resume = on_first(lambda: _place_to_begin(request, run), group)
+    data = _data(request, run, group)
     model = _fitting(request.model, data)
+    size = num_params(Transformer(model, device="meta"))
     engine = Engine(model, request.train, request.parallel)
-    loader = Loader(data.train, request.train.batch_size, model.context, seed=request.train.seed)
+    loader = Loader(data.train, request.train.batch_size, model.context, seed=request.train.seed, rank=engine.rank,
+                    ranks=engine.ranks)
     steps = request.train.steps
-    trainer = Trainer(engine, loader, data.val, run, parallel=request.parallel, tokenizer=data.tokenizer,
-                      tensorboard=request.tensorboard, peak=_peak(engine))
+    trainer = Trainer(engine, loader, data.val, run, tokenizer=data.tokenizer, tensorboard=request.tensorboard,
+                      peak=engine.on_first(lambda: _peak(engine)))
     # Three looks at the same prompt: early, when words begin to form, and at the end.
     for step in sorted({max(1, steps // 20), max(1, steps // 4), steps}):
-        trainer.at[step] = partial(_sample, engine, data, request.prompt, step)
-    say(f"{run}: {num_params(engine.model):,} parameters, {data.train.tokens:,} training tokens, {steps:,} steps of "
+        trainer.at[step] = partial(_sample, data=data, prompt=request.prompt, step=step)
+    say(f"{run}: {size:,} parameters, {data.train.tokens:,} training tokens, {steps:,} steps of "
         f"{request.train.batch_size * model.context:,} tokens on {engine.device}"
-        + (f", going on from {resume.name}" if resume else ""))
+        + (f", {engine.world} ranks" if engine.world > 1 else "") + (f", going on from {resume.name}" if resume else ""))
     finished = trainer.train(resume=resume)
-    if not finished:
-        print(f"Stopped after step {engine.steps_done} and saved. Go on with the same command.")
-        return 0
-    notes = json.loads((latest_checkpoint(run) / "trainer.json").read_text())
-    _say_goodbye(run, write_report(run, data, notes, request.prompt))
+    engine.on_first(lambda: _conclude(run, data, request.prompt) if finished else print(
+        f"Stopped after step {engine.steps_done} and saved. Go on with the same command."))
     return 0
+
+
+def _conclude(run: Path, data: Prepared, prompt: str) -> None:
+    """Write the report and say where it is."""
+    notes = json.loads((latest_checkpoint(run) / "trainer.json").read_text())
+    _say_goodbye(run, write_report(run, data, notes, prompt))
 
 
 def _peak(engine: Engine) -> float:
@@ -58,10 +90,10 @@ def _peak(engine: Engine) -> float:
     return matmul_rate(DTYPES["bf16" if precision == "fp8" else precision], device, 1024 if device == "cpu" else 4096)
 
 
-def _data(request, run: Path) -> Prepared:
+def _data(request, run: Path, group) -> Prepared:
     """The run's own data, or a folder prepared before."""
     if request.prepared is None:
-        return prepare(run / "data", request.data, request.model.vocab_size)
+        return open_prepared(on_first(lambda: prepare(run / "data", request.data, request.model.vocab_size).folder, group))
     if request.data != DataConfig():
         raise ValueError(f"--prepared {request.prepared} already says what the data is: leave the --data.* options out.")
     return open_prepared(request.prepared)
@@ -73,6 +105,13 @@ def _fitting(model, data: Prepared):
         raise ValueError(f"the model has {model.vocab_size:,} rows for tokens, but the tokenizer of {data.folder} has "
                          f"{data.tokenizer.vocab_size:,} tokens. Use --model.vocab-size {data.tokenizer.vocab_size}.")
     return model
+
+
+def _place_to_begin(request, run: Path) -> Path | None:
+    """The checkpoint to go on from, if any; with --fresh, what is there makes room first."""
+    if request.fresh:
+        _set_aside(run)
+    return _where_to_resume(run, request.resume)
 
 
 def _where_to_resume(run: Path, asked: Path | None) -> Path | None:
@@ -96,12 +135,11 @@ def _set_aside(run: Path) -> None:
         say(f"{run} was there: it is now {aside}.")
 
 
-def _sample(engine: Engine, data: Prepared, prompt: str, step: int) -> dict[str, str]:
+def _sample(model: Transformer, data: Prepared, prompt: str, step: int) -> dict[str, str]:
     """What the model writes now; the same seed every time, so that only the model differs."""
     started = time.perf_counter()
-    engine.model.eval()
-    text = "".join(stream_text(engine.model, data.tokenizer, prompt, SAMPLE_TOKENS, sampling=Sampling(temperature=0.8),
-                               seed=0))
+    model.eval()
+    text = "".join(stream_text(model, data.tokenizer, prompt, SAMPLE_TOKENS, sampling=Sampling(temperature=0.8), seed=0))
     say(f"\n  step {step}: {prompt}{text}\n")
     return {"sample": text, "sample_seconds": round(time.perf_counter() - started, 3)}
 

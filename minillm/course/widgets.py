@@ -20,6 +20,8 @@ from minillm.model.sharding import sharding_rows, why_not
 from minillm.model.transformer import Transformer, num_params
 from minillm.nn.formats import FORMATS, bits_of
 from minillm.plan.devices import DEVICES, Device
+from minillm.plan.network import find_link
+from minillm.plan.overlap import Sending, one_after_another, overlapped
 from minillm.plan.training import duration, short
 from minillm.text.bpe import BPETokenizer
 from minillm.text.bpe_train import merge_pair
@@ -298,6 +300,45 @@ def ring_stepper(size: int = 4) -> widgets.Widget:
     play, slider = widgets.Play(min=0, max=14, interval=900), widgets.IntSlider(min=0, max=14, description="step")
     widgets.jslink((play, "value"), (slider, "value"))
     return _redrawn([ranks, widgets.HBox([play, slider])], [ranks, slider], lambda: render_ring(ranks.value, slider.value))
+
+
+def render_buckets(backward: float, size: float, bucket: float, ranks: int, link: str) -> str:
+    """Buckets on a timeline with backward, and below the same without overlap, by the α-β model. Units: seconds, bytes."""
+    link_named = find_link(link)
+    together = overlapped(backward, size, bucket, ranks, link_named)
+    alone = one_after_another(backward, size, bucket, ranks, link_named)
+    ends, width, left = (together[-1].end, alone[-1].end), 600, 130
+    scale, shapes = width / max(ends), []
+    for row, (name, spans) in enumerate((("backward", [(0.0, backward)]), ("buckets", _spans(together, 1 / scale)), ("backward", [(0.0, backward)]),
+                                         ("buckets, after it", _spans(alone, 1 / scale)))):
+        y = 6 + 26 * row + 12 * (row > 1)
+        shapes.append(f"<text x='{left - 8}' y='{y + 15}' text-anchor='end'>{name}</text>")
+        for number, (start, end) in enumerate(spans):
+            colour = COLOURS[0] if name == "backward" else (COLOURS[1], COLOURS[4])[number % 2]
+            shapes.append(f"<rect x='{left + scale * start:.1f}' y='{y}' width='{max(0.5, scale * (end - start)):.1f}' height='20' fill='{colour}'/>")
+    picture = f"<svg width='{left + width + 6}' height='126' style='font:12px sans-serif;background:#fff'>{''.join(shapes)}</svg>"
+    return (f"<div><b>{len(together):,} bucket{'s' * (len(together) > 1)} of {bucket / 1e6:,.{0 if bucket > 1e7 else 1}f} MB</b>, {ranks} ranks, {link}: {1e3 * ends[0]:,.0f} ms "
+            f"overlapped, {1e3 * (ends[0] - backward):,.0f} of them after backward; {1e3 * ends[1]:,.0f} without</div>{picture}")
+
+
+def _spans(sendings: Sequence[Sending], pixel: float) -> list[tuple[float, float]]:
+    """From when to when the wire is busy; buckets that are too narrow to be told apart are drawn as one."""
+    spans: list[tuple[float, float]] = []
+    for sending in sendings:
+        if spans and sending.start - spans[-1][1] < pixel / 2 and sending.end - sending.start < 3 * pixel:
+            spans[-1] = spans[-1][0], sending.end
+        else:
+            spans.append((sending.start, sending.end))
+    return spans
+
+
+def bucket_slider(backward: float, size: float) -> widgets.Widget:
+    """Move the size of the buckets, and choose ranks and their link."""
+    power = widgets.FloatSlider(value=7.4, min=6, max=10.2, step=0.1, description="log₁₀ bytes")
+    ranks = widgets.Dropdown(options=[2, 8, 64, 512], value=8, description="ranks")
+    link = widgets.Dropdown(options=["nvlink-4", "infiniband-ndr", "ethernet-100g", "ethernet-25g"], value="infiniband-ndr", description="link")
+    return _redrawn([power, widgets.HBox([ranks, link])], [power, ranks, link],
+                    lambda: render_buckets(backward, size, min(10 ** power.value, size), ranks.value, link.value))
 
 
 def render_shards(name: str, ranks: int) -> str:

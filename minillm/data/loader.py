@@ -42,6 +42,10 @@ class Batch:
         """Microbatches of `size` sequences."""
         return [self._map(lambda tensor: tensor[i:i + size]) for i in range(0, len(self.ids), size)]
 
+    def part(self, rank: int, ranks: int) -> "Batch":
+        """One rank's rows, as even as it goes: the first ranks have one more, and the last may have none."""
+        return self if ranks == 1 else self._map(lambda tensor: tensor.tensor_split(ranks)[rank])
+
     def _map(self, change) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return type(self)(**{name: None if value is None else change(value) for name, value in values.items()})

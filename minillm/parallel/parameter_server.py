@@ -92,9 +92,7 @@ class ParameterServer:
     def ready(self) -> list[int]:
         """The workers that wait for an answer and may have one now; asking makes them wait no longer."""
         slowest = min(self.clocks.values(), default=0)
-        at_end = set() if self.synchronous else {worker for worker, clock in self.clocks.items() if clock == self.steps}
-        going = [worker for worker in sorted(self._waiting)
-                 if self.clocks[worker] - slowest <= self.bound or worker in at_end]
+        going = [worker for worker in sorted(self._waiting) if self.clocks[worker] - slowest <= self.bound]
         for worker in going:
             self._waiting.remove(worker)
             self._pulled[worker] = len(self.updates)

@@ -214,14 +214,24 @@ def gather_dense(model: nn.Module, group: Group, tensors: Mapping[str, Tensor] |
     return dense
 
 
+def part_of(model: nn.Module, group: Group, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of each tensor that has the name and the dense shape of a parameter: `gather_dense` backwards."""
+    parts, mine = getattr(model, "parts", {}), {}
+    for name, whole in dense.items():
+        first, end = parts[name].spans[dist.get_rank(group)] if name in parts else (0, 0)
+        mine[name] = whole.narrow(parts[name].dim, first, end - first) if name in parts else whole
+    return mine
+
+
 @torch.no_grad()
-def global_norm(model: nn.Module, group: Group) -> Float[Tensor, ""]:
+def global_norm(model: nn.Module, group: Group, parameters: Mapping[str, Tensor] | None = None) -> Float[Tensor, ""]:
     """The norm of all gradients as in the dense model: split ones of all ranks, each copy once, and whole ones once.
 
+    parameters: others of the same names that hold the gradients (master weights).
     Cost: one all-reduce of one number.
     """
     parts, split, whole = getattr(model, "parts", {}), [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in (parameters or dict(model.named_parameters())).items():
         if parameter.grad is None:
             continue
         square = parameter.grad.to(torch.promote_types(parameter.grad.dtype, torch.float32)).square().sum()

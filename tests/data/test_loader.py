@@ -149,3 +149,11 @@ def test_split_gives_microbatches_and_to_keeps_the_rest():
     assert parts[0].segment_ids is None
     moved = parts[0].to("meta")
     assert moved.ids.device.type == moved.positions.device.type == "meta" and moved.segment_ids is None
+
+
+def test_rows_are_shared_as_evenly_as_they_go():
+    whole = Batch(torch.arange(10).view(5, 2), torch.arange(10).view(5, 2) + 1)
+    for ranks in (1, 2, 4, 7):
+        parts = [whole.part(rank, ranks) for rank in range(ranks)]
+        assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids) and sum(part.count for part in parts) == 10
+        assert {len(part.ids) for part in parts} <= {5 // ranks, -(-5 // ranks)}

@@ -1,20 +1,8 @@
-"""Ranks in tests: forked from a server with the same shape checks as the suite, on gloo and, where there are GPUs, NCCL."""
+"""Ranks in tests, on gloo and, where there are GPUs, NCCL."""
 
-import cloudpickle
 import pytest
 import torch
-
-from minillm.parallel.forkserver import preload
-
-preload("shapes")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def functions_travel_by_value(request):
-    """Else every rank would import the test module, and pytest with it."""
-    cloudpickle.register_pickle_by_value(request.module)
-    yield
-    cloudpickle.unregister_pickle_by_value(request.module)
+from ranks import functions_travel_by_value  # noqa: F401  a fixture of every module here
 
 
 @pytest.fixture(params=["gloo", "nccl"])

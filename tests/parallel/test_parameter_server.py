@@ -75,6 +75,8 @@ def test_the_bound_holds_whatever_the_speeds(staleness):
 
         result = simulate_clock(server, gradient, lambda worker, step: draw.choice([0.1, 1, 5]))
         assert len(result.updates) == 36 and max(ahead) <= staleness
+        seconds = [update.seconds for update in result.updates]
+        assert seconds == sorted(seconds)
         most = max(most, *result.staleness())
     assert staleness < most <= (2 * staleness + 1) * 2
     unbounded = simulate_clock(_server(3, 12, math.inf), _gradient, lambda worker, step: [1, 1, 20][worker])

@@ -94,6 +94,8 @@ def test_everybody_gets_what_it_needs(algorithm, ranks):
 def test_chunks_that_do_not_divide():
     assert chunk_sizes(4 * 11, 4, 4) == [12, 12, 12, 8] and chunk_sizes(3, 5) == [1, 1, 1, 0, 0]
     assert traffic(rounds_of("ring_all_reduce", 44, 4, 4), 4).bytes == (88 - 24, 88 - 24, 88 - 20, 88 - 20)
+    # Halving, by hand: rank 0 sends chunks 2 and 3, then 1; then its sums 0, then 0 and 1.
+    assert traffic(rounds_of("halving_all_reduce", 44, 4, 4), 4).bytes == (20 + 12 + 12 + 24, 20 + 12 + 12 + 24, 24 + 8 + 12 + 20, 24 + 12 + 8 + 20)
     assert traffic(rounds_of("doubling_all_reduce", 10, 3), 3).messages == (1, 2, 1)
     assert rounds_of("broadcast_tree", 8, 3, root=2) == [[Message(2, 0, 8)], [Message(2, 1, 8)]]
 

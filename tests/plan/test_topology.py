@@ -104,6 +104,8 @@ def test_an_order_that_hops_between_leaves_needs_the_links_that_oversubscription
     alphas = 14 * LINK.alpha
     times = {spread: ring_all_reduce_run(fat_tree(8, 4, LINK, spread), 8e6, [hopping]).seconds - alphas for spread in (1, 2, 4)}
     assert times[2] == pytest.approx(2 * times[1]) and times[4] == pytest.approx(4 * times[1])  # float rounding only
+    placed = run_rounds(fat_tree(8, 4, LINK, 2), rounds_of("ring_all_reduce", 8_000_000, 8), hopping)
+    assert placed.seconds == pytest.approx(times[2] + alphas)
     assert times[1] + alphas == pytest.approx(predict("ring_all_reduce", 8e6, 8, LINK))
     assert ring_all_reduce_run(tree(8, 4, LINK), 8e6, [hopping]).seconds == pytest.approx(times[4] + alphas)
 
@@ -113,6 +115,8 @@ def test_a_ring_on_every_rail(hosts, gpus):
     """One ring leaves each host through one GPU's network card; as many rings as rails use them all, and are that much faster."""
     railed, rings = rails(hosts, gpus, NVLINK, NET), rail_rings(hosts, gpus)
     assert all(sorted(order) == list(range(hosts * gpus)) for order in rings)
+    for order in rings:  # from host to host by the rail alone; only the last way back may need a detour
+        assert all(len(railed.route(order[i - 1], order[i])) == 2 for i in range(gpus, hosts * gpus, gpus))
     one, all_of_them = ring_all_reduce_run(railed, 1e9), ring_all_reduce_run(railed, 1e9, rings)
     alphas = 2 * (hosts * gpus - 1) * NET.alpha
     assert one.seconds - alphas == pytest.approx(gpus * (all_of_them.seconds - alphas))  # float rounding only

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from minillm.train.scaling_law import CHINCHILLA, ScalingLaw, fit_scaling_law, leave_one_out, residuals
+from minillm.train.scaling_law import CHINCHILLA, CHINCHILLA_REFITTED, ScalingLaw, fit_scaling_law, leave_one_out, residuals
 
 TRUE = ScalingLaw(E=0.3, A=500, alpha=0.55, B=300, beta=0.45)
 GRID = [(n, d) for n in (2.5e4, 5e4, 1.5e5) for d in (1e6, 2e6, 8e6)]
@@ -59,3 +59,8 @@ def test_what_cannot_be_fitted():
         fit_scaling_law([(1e5, d, 1 + 1 / d) for d in range(1, 7)])
     with pytest.raises(ValueError, match="the floor 9"):
         fit_scaling_law(RUNS, floor=9)
+
+
+def test_the_refitted_law_agrees_with_twenty_tokens_a_parameter():
+    parameters, tokens = CHINCHILLA_REFITTED.compute_optimal(5.76e23)
+    assert 65e9 < parameters < 80e9 and 17 < tokens / parameters < 22  # Chinchilla: 70B and 20

@@ -13,9 +13,10 @@ def drive_ring(answer, rank, parts):
     import torch
     import torch.distributed as dist
 
-    sent = []
+    sent, directions = [], set()
 
     def exchange(tensor, to, source):
+        directions.add(((to - rank) % len(parts), (rank - source) % len(parts)))
         tensor = tensor.contiguous()
         coming = torch.empty_like(tensor)
         for request in (dist.isend(tensor, to), dist.irecv(coming, source)):
@@ -23,7 +24,8 @@ def drive_ring(answer, rank, parts):
         sent.append(tensor.numel())
         return coming
     result = answer(parts[rank].clone(), rank, len(parts), exchange)
-    return {"result": result, "messages": len(sent), "numbers sent": sum(sent)}
+    return {"result": result, "messages": len(sent), "numbers sent": sum(sent),
+            "only from rank - 1 to rank + 1": directions <= {(1, 1)}}
 
 
 def ranks_of(size: int):
@@ -166,6 +168,7 @@ TOP_K = Exercise(
              Mutant(altered_top_k(signed=True), "You choose the largest numbers; the largest in size are asked for."),
              Mutant(altered_top_k(adds=False), "You choose by gradient plus memory, but send the gradient alone."),
              Mutant(altered_top_k(reads=False), "The memory is written and never read."),
+             Mutant(lambda gradient, memory, k: altered_top_k()(gradient, memory, k)[::-1], "The values come first, then the places."),
              Mutant(altered_top_k(largest=False), "Those are the smallest.")))
 
 EXERCISES = [RING, REDUCE_SCATTER, TOP_K]

@@ -47,7 +47,7 @@ def ties(draw: Draw) -> tuple:
 
 
 ROUND = Exercise(
-    name="round_to_bf16", reference=round_to_bf16, minutes=20, difficulty=2, **COMMON, bans=("torch.bfloat16",),
+    name="round_to_bf16", reference=round_to_bf16, minutes=20, difficulty=2, **COMMON, bans=("torch.bfloat16", "torch.Tensor.bfloat16"),
     tests=(Test("any numbers", numbers, points=2, cases=6), Test("ties", ties, points=2, cases=6)),
     hints=("bf16 is the upper half of a float32: sign, eight bits of exponent, seven of mantissa. x.view(torch.int32) shows all 32 as one "
            "whole number, and .view(torch.float32) leads back.",
@@ -69,44 +69,33 @@ def drive_scaled(answer, steps, weights, targets, lr, scale, interval, max_norm)
     """A linear layer whose product runs in fp16, trained with the student's step. After each: the state and the weights."""
     import torch
 
-    weights = weights.clone().requires_grad_()
-    optimizer = torch.optim.SGD([weights], lr=lr, momentum=0.9)
-    state, found = {"scale": scale, "good_steps": 0}, []
-    for x in steps:
+    shift, weights = torch.zeros(targets.shape[1], requires_grad=True), weights.clone().requires_grad_()
+    optimizer = torch.optim.SGD([shift, weights], lr=lr, momentum=0.9)
+    state, found = {"scale": scale, "good_steps": 0}, {}
+    for number, x in enumerate(steps, start=1):
         guess = x.half() @ weights.half()
-        loss = (guess.float() - targets).square().mean()
-        updated = answer(loss, [weights], optimizer, state, interval, max_norm)
-        found.append([bool(updated), float(state["scale"]), int(state["good_steps"]), weights.detach().clone()])
+        loss = (guess.float() + shift - targets).square().mean()
+        updated = answer(loss, [shift, weights], optimizer, state, interval, max_norm)
+        found[f"step {number}"] = {"returned": updated, "scale": float(state["scale"]), "good steps": int(state["good_steps"]),
+                                   "weights": weights.detach().clone(), "shift": shift.detach().clone()}
     return found
 
 
 def fp16_step(loss, weights, optimizer, state, interval, max_norm):
-    (loss * state["scale"]).backward()
-    for w in weights:
-        w.grad /= state["scale"]
-    finite = all(bool(w.grad.isfinite().all()) for w in weights)
-    if finite:
-        torch.nn.utils.clip_grad_norm_(weights, max_norm)
-        optimizer.step()
-        state["good_steps"] += 1
-        if state["good_steps"] == interval:
-            state["scale"], state["good_steps"] = state["scale"] * 2, 0
-    else:
-        state["scale"], state["good_steps"] = state["scale"] / 2, 0
-    optimizer.zero_grad()
-    return finite
+    return altered_step()(loss, weights, optimizer, state, interval, max_norm)
 
 
-def altered_step(clip_first=False, unscaled=True, grows=True, skips=True, resets=True, clears=True, after=0, shrinks=True, clips=True, up=2.0):
-    """fp16_step with one thing wrong."""
-    def wrong(loss, weights, optimizer, state, interval, max_norm):
+def altered_step(clip_first=False, unscaled=True, grows=True, skips=True, resets=True, clears="always", after=0, shrinks=True, clips=True,
+                 up=2.0, looks="everywhere", says=True):
+    """One step with a loss scale; with arguments, with something wrong."""
+    def step(loss, weights, optimizer, state, interval, max_norm):
         (loss * state["scale"]).backward()
         if clip_first:
             torch.nn.utils.clip_grad_norm_(weights, max_norm)
-        if unscaled:
-            for w in weights:
-                w.grad /= state["scale"]
-        finite = all(bool(w.grad.isfinite().all()) for w in weights)
+        for w in weights if unscaled else ():
+            w.grad /= state["scale"]
+        where = weights[:1] if looks == "first" else weights
+        finite = not any(bool((w.grad.isnan() if looks == "nan" else ~w.grad.isfinite()).any()) for w in where)
         if clips and not clip_first and finite:
             torch.nn.utils.clip_grad_norm_(weights, max_norm)
         if finite or not skips:
@@ -118,23 +107,25 @@ def altered_step(clip_first=False, unscaled=True, grows=True, skips=True, resets
         else:
             state["scale"] = state["scale"] / 2 if shrinks else state["scale"]
             state["good_steps"] = 0 if resets else state["good_steps"]
-        if clears:
+        if clears == "always" or (clears == "good" and finite):
             optimizer.zero_grad()
-        return finite
-    return wrong
+        return finite if says else None
+    return step
 
 
 def scaled_inputs(draw: Draw, overflow: bool) -> tuple:
     size, outs = draw.int(3, 5), draw.int(2, 3)
     steps = [draw.tensor(4, size) for _ in range(9)]
-    if overflow:  # fp16 ends at 65,504
+    if overflow:  # forward it fits; backward the weights' gradient, and only that, is beyond 65,504
         for place in (draw.int(1, 3), draw.int(5, 6)):
-            steps[place] = steps[place] * 2e3
+            steps[place] = steps[place] * 40
     scale = 2.0 ** (draw.int(9, 10) if overflow else draw.int(3, 6))
     max_norm = 0.05 * draw.int(3, 8) if overflow else 10.0  # 10 is never reached
     return steps, draw.tensor(size, outs) / 4, draw.tensor(4, outs), 0.01 * draw.int(1, 4), scale, draw.int(2, 3), max_norm
 
 
+STALE = "Clear the gradients after every step, a skipped one too: the next adds to what is left, which is scaled otherwise or infinite."
+MISSED = "You let an infinite gradient through: look at every gradient, not only the first, and for inf as well as NaN."
 SCALED = Exercise(
     name="fp16_step", reference=fp16_step, driver=drive_scaled, minutes=25, difficulty=2, **COMMON, rtol=1e-4, atol=1e-6,
     why="float32: a gradient may be divided, or multiplied by the inverse",
@@ -146,11 +137,15 @@ SCALED = Exercise(
              Mutant(altered_step(unscaled=False), "The gradients are never divided by the scale, so each step is scale times too long (or clipped to the full norm)."),
              Mutant(altered_step(grows=False), "The scale never grows: after `interval` good steps it doubles."),
              Mutant(altered_step(skips=False), "The optimizer steps although a gradient is inf: that destroys the weights for good."),
+             Mutant(altered_step(looks="nan"), MISSED),
+             Mutant(altered_step(looks="first"), MISSED),
              Mutant(altered_step(resets=False), "A bad step must set the count of good steps back to 0: they count in a row."),
-             Mutant(altered_step(clears=False), "The gradients are not cleared: the next step adds to these, scaled otherwise."),
+             Mutant(altered_step(clears="never"), STALE),
+             Mutant(altered_step(clears="good"), STALE),
              Mutant(altered_step(after=1), "The scale grows one step late: at the interval-th good step."),
              Mutant(altered_step(shrinks=False), "A step that overflows must halve the scale, or the next one overflows too."),
-             Mutant(altered_step(clips=False), "Nothing is clipped to max_norm.")),
+             Mutant(altered_step(clips=False), "Nothing is clipped to max_norm."),
+             Mutant(altered_step(says=False), "Return True or False: whether the weights were updated.")),
     variants={"four": Variant("the scale grows fourfold, not twofold; it still halves.", altered_step(up=4.0))})
 
 
@@ -174,11 +169,11 @@ def master_step(weight, grad, state, lr, beta, scale):
     weight.copy_(state["master"])
 
 
-def altered_master(unscale="wide", copy_back=True, reread=False, on_weight=False, divide=True, narrow=False):
+def altered_master(unscale="wide", copy_back=True, reread=False, on_weight=False, divide=True, narrow=False, keeps=True, fresh=True):
     def wrong(weight, grad, state, lr, beta, scale):
         gradient = grad.float() / scale if unscale == "wide" else (grad / scale).float()
         gradient = gradient if divide else grad.float()
-        average = beta * state["average"] + (1 - beta) * gradient
+        average = (beta * state["average"] if keeps else 0) + ((1 - beta) if fresh and keeps else 1) * gradient
         state["average"] = average.half().float() if narrow else average
         if on_weight:
             weight.sub_((lr * state["average"]).half())
@@ -211,6 +206,8 @@ MASTER = Exercise(
              Mutant(altered_master(copy_back=False), "The 16-bit weight never changes: copy the new master into it, in place."),
              Mutant(altered_master(reread=True), "You start from the 16-bit weight each time: what it could not hold of the last step is lost. Start from the master."),
              Mutant(altered_master(on_weight=True), "The step is made on the 16-bit weight, where small steps round to nothing; make it on the master, and round that."),
+             Mutant(altered_master(keeps=False), "The gradient itself is the step; it should be the running mean of all so far."),
+             Mutant(altered_master(fresh=False), "The gradient enters the mean whole; it counts (1 − β)."),
              Mutant(altered_master(narrow=True), "The average is kept in 16 bits; small gradients vanish from it.")))
 
 EXERCISES = [ROUND, SCALED, MASTER]

@@ -16,20 +16,21 @@ DOUBLE = {"rtol": 1e-9, "atol": 1e-12, "why": "Python's floats, in another order
 def next_token_loss(logits, ids, real):
     log_p = logits[:, :-1].log_softmax(-1)
     said = log_p.gather(-1, ids[:, 1:, None])[..., 0]
-    counts = real[:, 1:] & real[:, :-1]
-    return -(said * counts).sum() / counts.sum()
+    included = real[:, 1:] & real[:, :-1]
+    return -(said * included).sum() / included.sum()
 
 
-def altered_loss(shift=1, both=True, divide="count", safe=True, exact=True, sign=-1.0, bits=False):
+def altered_loss(shift=1, both="both", divide="count", safe=True, exact=True, sign=-1.0, bits=False):
     """next_token_loss with one thing wrong."""
     def wrong(logits, ids, real):
-        log_p = logits.log_softmax(-1) if safe else logits.exp().div(logits.exp().sum(-1, keepdim=True)).log()
+        by_hand = logits.exp() / logits.exp().sum(-1, keepdim=True)
+        log_p = {True: logits.log_softmax(-1), "late": logits.softmax(-1).log(), False: by_hand.log()}[safe]
         log_p = log_p if exact else logits
         if shift == 0:
             said, counts = log_p.gather(-1, ids[..., None])[..., 0], real
         elif shift == 1:
             said = log_p[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-            counts = real[:, 1:] & real[:, :-1] if both else real[:, :-1]
+            counts = real[:, 1:] & real[:, :-1] if both == "both" else real[:, :-1] if both == "before" else real[:, 1:]
         else:
             said, counts = log_p[:, 1:].gather(-1, ids[:, :-1, None])[..., 0], real[:, 1:] & real[:, :-1]
         total = sign * (said * counts).sum() / (math.log(2) if bits else 1)
@@ -45,20 +46,22 @@ def padding_counts(logits, ids, real):
     return -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).mean()
 
 
-def loss_inputs(draw: Draw, shift: float = 0.0) -> tuple:
+def loss_inputs(draw: Draw, size: float = 2.0) -> tuple:
     rows, length, vocab = draw.int(2, 4), draw.int(5, 8), draw.int(5, 9)
     ids = torch.tensor([draw.ints(length, 0, vocab - 1) for _ in range(rows)])
     real = torch.ones(rows, length, dtype=torch.bool)
-    for row in range(rows):  # padding at the end, of another length in each row
+    for row in range(rows):  # padding at the end, of another length in each row, and before the last row's text
         real[row, length - row:] = False
-    return 2 * draw.tensor(rows, length, vocab) + shift, ids, real
+    real[-1, :2] = False
+    return size * draw.tensor(rows, length, vocab), ids, real
 
 
+EXACT = "exp of a large logit is infinite, and so is the logarithm of a probability that was rounded to 0: take log_softmax at once."
 LOSS = Exercise(
     name="next_token_loss", reference=next_token_loss, minutes=12, difficulty=1, **COMMON, **FLOAT,
     bans=("torch.nn.functional.cross_entropy", "torch.nn.functional.nll_loss", "torch.nn.CrossEntropyLoss", "torch.nn.NLLLoss"),
     tests=(Test("texts of several lengths", loss_inputs, points=3),
-           Test("large logits", lambda draw: (lambda i: (i[0] * 2 + 150, *i[1:]))(loss_inputs(draw)), points=1)),
+           Test("large logits", lambda draw: loss_inputs(draw, 90.0), points=1)),
     hints=("The logits at place t are about the token at t + 1: which places have no target?",
            "log_softmax, then pick the target's entry with gather. A target counts if it and the token before it are real.",
            "Sum over all that count, in all rows, divided by how many they are: not a mean of the rows' means."),
@@ -68,8 +71,10 @@ LOSS = Exercise(
              Mutant(altered_loss(divide="all"), "The sum leaves padding out, but the divisor counts it."),
              Mutant(altered_loss(divide="rows"), "That is a mean of the rows' means: a short text's tokens weigh more. Divide the sum of all by the count of all."),
              Mutant(altered_loss(divide="nothing"), "That is the sum; the mean is asked for."),
-             Mutant(altered_loss(both=False), "The first padding after each text is counted as a target."),
-             Mutant(altered_loss(safe=False), "exp of a large logit is infinite: log_softmax subtracts the maximum first."),
+             Mutant(altered_loss(both="before"), "The first padding after each text is counted as a target."),
+             Mutant(altered_loss(both="after"), "The first token after padding is counted, though the padding before it cannot predict it."),
+             Mutant(altered_loss(safe=False), EXACT),
+             Mutant(altered_loss(safe="late"), EXACT),
              Mutant(altered_loss(exact=False), "These are logits; take log_softmax first."),
              Mutant(altered_loss(sign=1.0), "The sign: a loss is the negative log-probability.")),
     variants={"bits": Variant("the loss is asked for in bits, not nats.", altered_loss(bits=True))})
@@ -79,24 +84,26 @@ LOSS = Exercise(
 
 def drive_adamw(answer, weights, steps, lr, betas, eps, decay):
     """Some steps from an empty state: the weights after each."""
-    state, found = {}, []
+    state, found, owned = {}, [], dict(weights)
     for grads in steps:
         answer(weights, grads, state, lr, betas, eps, decay)
-        found.append({name: w.clone() for name, w in weights.items()})
-    return found
+        found.append({name: w.clone() for name, w in owned.items()})
+    return {f"weights after step {number}": w for number, w in enumerate(found, start=1)}
 
 
 def adamw_step(weights, grads, state, lr, betas, eps, decay):
     altered_adamw()(weights, grads, state, lr, betas, eps, decay)
 
 
-def altered_adamw(correct=True, vectors=False, coupled=False, inside=False, scaled=True, swapped=False, first=1, squares=True, decays=True):
+def altered_adamw(correct=True, vectors=False, coupled=False, inside=False, scaled=True, swapped=False, first=1, squares=True, decays=True, counts="steps", in_place=True):
     """AdamW; with arguments, with something wrong."""
     def step(weights, grads, state, lr, betas, eps, decay):
-        state["step"] = state.get("step", first - 1) + 1
+        state["step"] = state.get("step", first - 1) + (1 if counts == "steps" else 0)
         b1, b2 = betas[::-1] if swapped else betas
         for name, w in weights.items():
             g = grads[name]
+            state["step"] += 1 if counts == "tensors" else 0
+            w = w if in_place else w.clone()
             matrix = (w.ndim >= 2 or vectors) and decays
             if matrix and coupled:
                 g = g + decay * w
@@ -108,6 +115,7 @@ def altered_adamw(correct=True, vectors=False, coupled=False, inside=False, scal
             t = state["step"]
             m_hat, v_hat = (m / (1 - b1 ** t), v / (1 - b2 ** t)) if correct else (m, v)
             w.sub_(lr * m_hat / ((v_hat + eps).sqrt() if inside else v_hat.sqrt() + eps))
+            weights[name] = w
     return step
 
 
@@ -134,6 +142,8 @@ ADAMW = Exercise(
              Mutant(altered_adamw(inside=True), "eps is added after the root, not under it."),
              Mutant(altered_adamw(swapped=True), "The betas are swapped: the first is the mean's, the second that of the squares."),
              Mutant(altered_adamw(first=2), "The steps are counted from 2: at the first, divide by 1 − beta¹."),
+             Mutant(altered_adamw(counts="tensors"), "The step is counted once for every weight; it is one number for the whole step."),
+             Mutant(altered_adamw(in_place=False), "The dict gets new tensors; change those that are in it, in place: the model holds on to them."),
              Mutant(altered_adamw(squares=False), "The second average is of g², not of |g|.")),
     variants={"all": Variant("vectors decay as matrices do.", altered_adamw(vectors=True))})
 
@@ -190,10 +200,11 @@ def flops(layers, width, heads, kv_heads, head_dim, ffn_width, vocab, tokens):
     return altered_flops()(layers, width, heads, kv_heads, head_dim, ffn_width, vocab, tokens)
 
 
-def altered_flops(two=2, times=3, scores=4, kv=True, matrices=3, embedding=False, head=True):
+def altered_flops(two=2, times=3, scores=4, kv=True, matrices=3, embedding=False, head=True, square=False):
     """Training FLOPs; with arguments, with something wrong."""
     def count(layers, width, heads, kv_heads, head_dim, ffn_width, vocab, tokens):
         keys = kv_heads if kv else heads
+        head_dim = width // heads if square else head_dim
         attention = width * head_dim * (2 * heads + 2 * keys)
         weights = layers * (attention + matrices * width * ffn_width) + (vocab * width if head else 0) + (vocab * width if embedding else 0)
         forward = two * weights * tokens + scores * layers * tokens * tokens * heads * head_dim
@@ -219,6 +230,7 @@ FLOPS = Exercise(
              Mutant(altered_flops(scores=0), "The scores and the weighted sum of values are missing: they have no weights, but they are products."),
              Mutant(altered_flops(scores=2), "Attention counts half: two products have the size T · T, queries with keys and weights with values, and the whole square counts."),
              Mutant(altered_flops(kv=False), "Keys and values are projected to G heads, not H."),
+             Mutant(altered_flops(square=True), "H · D need not be the width: take head_dim as it is given."),
              Mutant(altered_flops(matrices=2), "A gated feed-forward layer has three matrices."),
              Mutant(altered_flops(embedding=True), "The embedding is a lookup: no product."),
              Mutant(altered_flops(head=False), "The output head is a product with V · C weights.")),
@@ -231,14 +243,15 @@ def compute_optimal(budget, A, alpha, B, beta):
     return altered_optimum()(budget, A, alpha, B, beta)
 
 
-def altered_optimum(six=6, swapped=False, ratio=True, equal=False, inverted=False):
+def altered_optimum(six=6, swapped=False, ratio=True, equal=False, inverted=False, tokens_first=False, rest=None):
     """The optimum of A/N^alpha + B/D^beta under 6ND = budget; with arguments, with something wrong."""
     def optimum(budget, A, alpha, B, beta):
         scale = (alpha * A / (beta * B)) if ratio else A / B
         scale = (1 / scale if inverted else scale) ** (1 / (alpha + beta))
         share = 0.5 if equal else (alpha if swapped else beta) / (alpha + beta)
         parameters = scale * (budget / six) ** share
-        return [parameters, budget / six / parameters]
+        tokens = budget / (rest or six) / parameters
+        return [tokens, parameters] if tokens_first else [parameters, tokens]
     return optimum
 
 
@@ -258,6 +271,8 @@ OPTIMUM = Exercise(
              Mutant(altered_optimum(swapped=True), "The exponents are swapped: N grows with the budget to the power β/(α+β)."),
              Mutant(altered_optimum(ratio=False), "The derivative brings the exponents down: αA against βB."),
              Mutant(altered_optimum(inverted=True), "The fraction is upside down: a larger A asks for more parameters."),
+             Mutant(altered_optimum(tokens_first=True), "N and D are swapped: the parameters come first."),
+             Mutant(altered_optimum(rest=1), "N is right; but 6ND is the budget, so D = budget / (6N)."),
              Mutant(altered_optimum(equal=True), "Half of the exponent each is right only when α = β.")))
 
 
@@ -267,23 +282,25 @@ def check_the_article(parameters, tokens, gpu_gb, gpus, peak, days):
     return altered_article()(parameters, tokens, gpu_gb, gpus, peak, days)
 
 
-def altered_article(states=16, unit=1e9, stored=None, six=6, hours=24, whole=True, rounds=math.ceil):
+def altered_article(states=16, unit=1e9, stored=None, six=6, hours=24, whole=True, rounds=math.ceil, percent=1):
     """What an article's numbers imply; with arguments, with something wrong."""
     def verdict(parameters, tokens, gpu_gb, gpus, peak, days):
         memory = states * parameters / unit
         least = (memory if stored is None else stored * parameters / unit) / gpu_gb
         used = six * parameters * tokens / (gpus * peak * days * hours * 3600)
-        return {"states_gb": memory, "least_gpus": rounds(least) if whole else least, "utilisation": used}
+        return {"states_gb": memory, "least_gpus": rounds(least) if whole else least, "utilisation": percent * used}
     return verdict
 
 
 def article_inputs(draw: Draw) -> tuple:
-    return (draw.int(2, 300) * 1e9, draw.int(100, 2000) * 1e9, draw.int(2, 20) * 8, draw.int(100, 10_000), draw.int(100, 1000) * 1e12, draw.int(10, 60))
+    gpu_gb = draw.int(2, 20) * 8
+    parameters = draw.int(2, 300) * 1e9 if draw.random() < 0.7 else gpu_gb * draw.int(3, 20) / 16 * 1e9  # then they fit exactly
+    return parameters, draw.int(100, 2000) * 1e9, gpu_gb, draw.int(100, 10_000), draw.int(100, 1000) * 1e12, draw.int(10, 60)
 
 
 ARTICLE = Exercise(
     name="check_the_article", reference=check_the_article, minutes=15, difficulty=1, **COMMON, **DOUBLE,
-    tests=(Test("any article", article_inputs, points=3),),
+    tests=(Test("any article", article_inputs, points=3, cases=8),),
     hints=("Mixed precision with AdamW keeps 2 + 2 + 4 + 4 + 4 bytes a parameter: weight, gradient, master copy, two averages.",
            "Gigabytes here are 10⁹ bytes on both sides. GPUs come whole.",
            "What was needed, 6ND, over what the GPUs could have done at their peak in all those seconds."),
@@ -294,6 +311,10 @@ ARTICLE = Exercise(
              Mutant(altered_article(six=2), "2ND is reading the tokens; training on them is 6ND."),
              Mutant(altered_article(hours=1), "A day has 24 hours of 3,600 seconds."),
              Mutant(altered_article(whole=False), "GPUs come whole: round up."),
+             Mutant(altered_article(states=12), "12 bytes: which of 2 + 2 + 4 + 4 + 4 is missing?"),
+             Mutant(altered_article(percent=100), "The utilisation is asked for as a share, 0.4, and not in percent."),
+             Mutant(altered_article(rounds=lambda x: int(x) + 1), "One too many where they fit exactly: int(x) + 1 is no rounding up."),
+             Mutant(altered_article(rounds=round), "Rounded to the nearest; the last bytes need a place too: round up."),
              Mutant(altered_article(rounds=math.floor), "Rounded down, the last bytes have no place: round up.")),
     variants={"float": Variant("gradients are kept in float32, so 18 bytes a parameter.", altered_article(states=18))})
 

@@ -4,14 +4,15 @@ Four sizes of the course's LLaMA, each trained anew for 500, 1,000, 2,000 and 4,
 twice) with a schedule that ends there. The fifth size is held out: the law has to say its loss before it is looked at. The
 learning rate is 1.44 / (width · layers) for all: a sweep at one million tokens found about that rate best at every size.
 
-What came out (all 16 points, N with the tied table). With E free the law finds E = 0.358, where the stories' entropy is 0.316,
-and says 0.447 and 0.407 for width 96 at 4M and 8M: 0.463 and 0.428 were measured, 4 and 5 percent more. With E fixed at the
-entropy it says 0.420 and 0.376, 9 and 12 percent too low. It fits loosely: residuals are 6 percent (root mean square), up to 17, and
-leaving one run out moves the two predictions between 0.32 and 0.46, and 0.25 and 0.43, nearly all of it downwards; so E is hardly
-determined. Three reasons can be seen. Runs of 1M tokens end before the law begins (their seeds differ by up to 4 percent, and
-without them the residuals are 4.5 percent, the predictions 0.452 and 0.421). A smaller model gains more nats from more tokens
-than a larger one, and the law's two terms only add. And a window has lost the beginning of its story, so that the best
-possible here is somewhat above the entropy. Counting N without the table fits as well (6.5 percent; 0.446 and 0.410).
+What came out (all 16 points, N with the tied table). With E free the law finds E = 0.358, where the stories' entropy is
+0.316, and says 0.447 and 0.407 for width 96 at 4M and 8M: 0.463 and 0.428 were measured, 4 and 5 percent more. With E fixed
+at the entropy it says 0.420 and 0.376, 9 and 12 percent too low. It fits loosely: residuals are 6 percent (root mean
+square), up to 17, and leaving one run out moves the two predictions between 0.32 and 0.46, and 0.25 and 0.43, nearly all of
+it downwards; so E is hardly determined. Three reasons can be seen. Runs of 1M tokens end before the law begins (their seeds
+differ by up to 4 percent, and without them the residuals are 4.5 percent, the predictions 0.452 and 0.421). A smaller model
+gains more nats from more tokens than a larger one, and the law's two terms only add. And a window has lost the beginning of
+its story, so that the best possible here is somewhat above the entropy. Counting N without the table fits as well (6.5
+percent; 0.446 and 0.410).
 """
 
 from collections.abc import Sequence
@@ -78,7 +79,8 @@ def runs(rows: Sequence[str], embeddings: bool = True) -> list[Run]:
     for row in rows:
         config, steps = ROWS[row], PLANS[row]["steps"]
         table = 0 if embeddings else config.vocab_size * config.width
-        found.append((stored[row][0]["parameters"] - table, steps * PLAN.batch_size * CONTEXT, mean(r["loss"] for r in stored[row])))
+        parameters, loss = stored[row][0]["parameters"] - table, mean(run["loss"] for run in stored[row])
+        found.append((parameters, steps * PLAN.batch_size * CONTEXT, loss))
     return found
 
 

@@ -51,8 +51,10 @@ def _one_rank(function, rank, ranks, folder, channel, other_end, seconds) -> Non
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks,
-                                timeout=timedelta(seconds=seconds))
+        store = dist.FileStore(f"{folder}/store", ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds))
+        store.set(f"connected/{rank}", "")
+        store.wait([f"connected/{other}" for other in range(ranks)])  # who fails at once must not break others' connecting
         message = {"result": function(rank)}
         dist.barrier()  # nobody leaves while another still needs it
     except BaseException as error:

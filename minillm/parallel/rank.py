@@ -141,8 +141,6 @@ def _join_forked(rank: int, size: int, backend: str, timeout: float, checked: bo
     except RuntimeError as error:
         raise RuntimeError(f"the ranks could not connect to one another by {backend} over the loopback interface {loopback}, "
                            f"which must be up: {error}") from error
-    random.seed(0)  # else every rank would continue the server's sequence, which differs from run to run
-    torch.manual_seed(0)
     return me
 
 
@@ -150,6 +148,10 @@ def _call(me: Rank, packed: bytes):
     """Unpack a function with its arguments and run it."""
     function, arguments, cells = unpack(packed)
     linecache.cache.update(cells)  # so that tracebacks quote the lines of notebook cells
+    if not hasattr(me, "seeded"):  # at the first call, after what unpacking has imported, which may draw
+        me.seeded = True
+        random.seed(0)
+        torch.manual_seed(0)
     return function(me, *arguments)
 
 

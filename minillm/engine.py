@@ -276,7 +276,7 @@ def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfi
                          f"context, or leave sequence_parallel out.")
     refused = {
         f"optimizer = {train.optimizer!r}": (train.optimizer in ("muon", "adafactor"), "it looks at whole matrices, and a rank has "
-                                             "a part of each. Use \"adamw\""),
+                                             "a part of each. Use \"fused\""),
         "precision = 'fp8'": (train.precision == "fp8", "its scales are those of whole matrices. Use \"bf16\""),
         "compile": (train.compile, "it has not been tried with collectives inside the model. Leave it out"),
         "a loss of its own": (loss is not next_token_loss, "the logits are split by token, and only next_token_loss has a form "

@@ -1,13 +1,11 @@
 """The engine and the trainer on tensor-parallel ranks, with and without data-parallel ones, against one process."""
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from commands import TRAIN, ended, start
 from ranks import functions_travel_by_value  # noqa: F401  a fixture
 from safetensors.torch import load_file
 
@@ -235,27 +233,11 @@ def test_layouts_that_do_not_fit():
         assert found == "the mesh has the axes dp, tp of (1, 2) ranks, and the layout tp = 1: they must agree."
 
 
-TRAIN = ["train", "--data.size", "40000", "--data.val-fraction", "0.2", "--model.vocab-size", "300", "--model.layers", "1",
-         "--model.width", "16", "--model.heads", "2", "--model.context", "32", "--train.steps", "6", "--train.batch-size", "4",
-         "--train.checkpoint-every", "2", "--train.eval-every", "2", "--train.device", "cpu"]
-
-
-def command(*words, ranks=None):
-    """Under torchrun when ranks are given. Returns what is said."""
-    start = [sys.executable, "-m"]
-    if ranks:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run([*start, "minillm", *map(str, words)], env=environment | {"OMP_NUM_THREADS": "1"}, text=True,
-                          capture_output=True, stdin=subprocess.DEVNULL, timeout=240)
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.mark.slow
 def test_torchrun_does_what_one_process_does(tmp_path):
-    code, alone, err = command(*TRAIN, "--out", tmp_path / "alone")
+    code, alone, err = ended(start(*TRAIN, "--out", tmp_path / "alone"))
     assert code == 0, err
-    code, said, err = command(*TRAIN, "--out", tmp_path / "four", "--parallel.dp", "2", "--parallel.tp", "2", ranks=4)
+    code, said, err = ended(start(*TRAIN, "--out", tmp_path / "four", "--parallel.dp", "2", "--parallel.tp", "2", ranks=4))
     assert code == 0, err
     assert "on cpu, 4 ranks" in said and alone.count("Done. Validation loss") == said.count("Done. Validation loss") == 1
     wanted = losses(tmp_path / "alone")
@@ -264,5 +246,5 @@ def test_torchrun_does_what_one_process_does(tmp_path):
     samples = [[r["sample"] for r in read_metrics(tmp_path / run / "metrics.jsonl") if "sample" in r]
                for run in ("alone", "four")]
     assert len(samples[0]) == len(samples[1]) > 0 and all(samples[1])
-    code, said, err = command(*TRAIN, "--out", tmp_path / "four", "--parallel.dp", "2", "--parallel.tp", "2")
+    code, said, err = ended(start(*TRAIN, "--out", tmp_path / "four", "--parallel.dp", "2", "--parallel.tp", "2"))
     assert code == 2 and "--parallel.dp 2 --parallel.tp 2 is for 4 ranks, and this is one process" in err

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import TRAIN
 from safetensors.torch import load_file
 
 from minillm.cli import main
@@ -170,15 +171,11 @@ def test_a_disk_that_is_really_full_keeps_the_last_checkpoint(data, whole, cut):
     goes_on_as_if_nothing_had_happened(data, run, whole)
 
 
-TRAIN = ["train", "--data.size", "40000", "--data.val-fraction", "0.2", "--model.vocab-size", "300", "--model.layers", "1",
-         "--model.width", "16", "--model.heads", "2", "--model.context", "32", "--train.steps", "6", "--train.batch-size", "4",
-         "--train.checkpoint-every", "2", "--train.device", "cpu", "--out"]
-
 
 def test_the_command_passes_over_a_broken_checkpoint(tmp_path, capsys):
     def train():
         with pytest.raises(SystemExit) as end:
-            main([*TRAIN, str(tmp_path / "run")])
+            main([*TRAIN, "--out", str(tmp_path / "run")])
         return end.value.code, capsys.readouterr().out
 
     try:

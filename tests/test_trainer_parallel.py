@@ -3,13 +3,12 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import TRAIN, ended, start
 from ranks import functions_travel_by_value  # noqa: F401  a fixture
 from safetensors.torch import load_file
 
@@ -146,42 +145,22 @@ def test_all_hear_that_the_first_could_not_write(ranks):
     assert found[1]["full"] == "FirstRankError: the first rank of the group could not go on: CheckpointError: the disk is full"
 
 
-TRAIN = ["train", "--data.size", "40000", "--data.val-fraction", "0.2", "--model.vocab-size", "300", "--model.layers", "1",
-         "--model.width", "16", "--model.heads", "2", "--model.context", "32", "--train.steps", "6", "--train.batch-size", "4",
-         "--train.checkpoint-every", "2", "--train.eval-every", "2", "--train.device", "cpu"]
-
-
-def command(*words, ranks=None):
-    """Under torchrun when ranks are given. Returns the process, whose standard output and error are pipes."""
-    start = [sys.executable, "-m"]
-    if ranks:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen([*start, "minillm", *map(str, words)], env=environment | {"OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
-
-
-def ended(process):
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
-
-
 @pytest.mark.slow
 def test_torchrun_does_what_one_process_does(tmp_path):
-    code, alone, err = ended(command(*TRAIN, "--out", tmp_path / "alone"))
+    code, alone, err = ended(start(*TRAIN, "--out", tmp_path / "alone"))
     assert code == 0, err
-    code, said, err = ended(command(*TRAIN, "--out", tmp_path / "two", "--parallel.dp", "2", ranks=2))
+    code, said, err = ended(start(*TRAIN, "--out", tmp_path / "two", "--parallel.dp", "2", ranks=2))
     assert code == 0, err
     close(curve(tmp_path / "two"), curve(tmp_path / "alone"))
     for words in ("Done. Validation loss", "report.html", "6 steps of 128 tokens on cpu"):  # said once, by the first rank
         assert alone.count(words) == said.count(words) == 1
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(path.name for path in (tmp_path / "alone").iterdir())
     shutil.rmtree(tmp_path / "two" / "step-000006")
-    code, said, err = ended(command(*TRAIN, "--out", tmp_path / "two", "--parallel.dp", "2", ranks=2))
+    code, said, err = ended(start(*TRAIN, "--out", tmp_path / "two", "--parallel.dp", "2", ranks=2))
     assert code == 0 and "going on from step-000004" in said, err
-    code, said, err = ended(command(*TRAIN, "--out", tmp_path / "two", ranks=2))  # without --parallel.dp
+    code, said, err = ended(start(*TRAIN, "--out", tmp_path / "two", ranks=2))  # without --parallel.dp
     assert code != 0 and err.count("2 ranks have been started, and the layout has 1: add --parallel.dp 2") == 1
-    code, said, err = ended(command("train", "--data.source", tmp_path / "nowhere", "--out", tmp_path / "three", "--parallel.dp", "2", ranks=2))
+    code, said, err = ended(start("train", "--data.source", tmp_path / "nowhere", "--out", tmp_path / "three", "--parallel.dp", "2", ranks=2))
     assert code != 0 and err.count("minillm: ") == 1 and "nowhere" in err
 
 
@@ -189,8 +168,8 @@ def test_torchrun_does_what_one_process_does(tmp_path):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the ranks in /proc")
 def test_a_signal_to_one_rank_under_torchrun(tmp_path):
     run = tmp_path / "run"
-    process = command(*TRAIN, "--train.steps", "100000", "--train.checkpoint-every", "100000", "--train.eval-every", "100000",
-                      "--out", run, "--parallel.dp", "2", ranks=2)
+    process = start(*TRAIN, "--train.steps", "100000", "--train.checkpoint-every", "100000", "--train.eval-every", "100000",
+                    "--out", run, "--parallel.dp", "2", ranks=2)
     try:
         while len(read_metrics(run / "metrics.jsonl")) < 20:
             assert process.poll() is None, process.communicate()

@@ -176,8 +176,7 @@ def render_family(base: ModelConfig, changed: Mapping[str, object]) -> str:
     rows = {"parameters": f"{parameters:,}", "cache a token": f"{4 * config.layers * config.kv_size * config.head_size / 1024:,.0f} KiB in bf16",
             "work a token": f"{forward_flops(config, 1024) / 1024 / 1e6:,.0f} million operations to read 1,024 tokens",
             "nearest": near + (f", but for {left}" if left else ", in all but size")}
-    body = "".join(f"<tr><td style='padding-right:1em'>{k}</td><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in rows.items())
-    return f"<table>{body}</table>"
+    return _named(rows)
 
 
 def family_builder(base: ModelConfig = PRESETS["gpt2"]) -> widgets.Widget:
@@ -238,8 +237,7 @@ def render_budget(law: ScalingLaw, power: float, device: Device, gpus: int, util
             "expected loss": f"{law.loss(parameters, tokens):.3f} nats a token, of which {law.E:.3f} are the text's own",
             "half that size": f"{law.loss(parameters / 2, tokens * 2):.3f} on twice the tokens; twice the size, {law.loss(parameters * 2, tokens / 2):.3f} on half",
             "time": f"{duration(days)} on {gpus:,} x {device.name} at {utilisation:.0%} of their peak"}
-    body = "".join(f"<tr><td style='padding-right:1em'>{k}</td><td style='text-align:left'>{v}</td></tr>" for k, v in rows.items())
-    return f"<table>{body}</table>"
+    return _named(rows)
 
 
 def budget_slider(laws: Mapping[str, ScalingLaw]) -> widgets.Widget:
@@ -362,6 +360,12 @@ def shard_browser(name: str = "llama3-8b", ranks: int = 4) -> widgets.Widget:
     model = widgets.Dropdown(options=list(PRESETS), value=name, description="model")
     size = widgets.BoundedIntText(value=ranks, min=1, max=64, description="ranks")
     return _redrawn([widgets.HBox([model, size])], [model, size], lambda: render_shards(model.value, size.value))
+
+
+def _named(rows: Mapping[str, str]) -> str:
+    """Names and what there is to say of them, as a table."""
+    body = "".join(f"<tr><td style='padding-right:1em'>{k}</td><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in rows.items())
+    return f"<table>{body}</table>"
 
 
 def _redrawn(shown: list, controls: list, render: Callable[[], str]) -> widgets.Widget:

@@ -11,6 +11,9 @@ Sources: arXiv:1909.08053 §3 (the first two), arXiv:2205.05198 §4.2 (the last 
 for reading, without gradients.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
@@ -24,7 +27,7 @@ def copy_to(x: Float[Tensor, "*shape"], group: Group) -> Float[Tensor, "*shape"]
 
     Cost: nothing forward, one all-reduce of x's size backward.
     """
-    return x if dist.get_world_size(group) == 1 else _CopyTo.apply(x, group)
+    return _conjugate(x, group, _same, _sum)
 
 
 def reduce_from(x: Float[Tensor, "*shape"], group: Group) -> Float[Tensor, "*shape"]:
@@ -32,7 +35,7 @@ def reduce_from(x: Float[Tensor, "*shape"], group: Group) -> Float[Tensor, "*sha
 
     Cost: one all-reduce of x's size forward, nothing backward.
     """
-    return x if dist.get_world_size(group) == 1 else _ReduceFrom.apply(x, group)
+    return _conjugate(x, group, _sum, _same)
 
 
 def scatter_to(x: Float[Tensor, "..."], dim: int, group: Group) -> Float[Tensor, "..."]:
@@ -40,7 +43,7 @@ def scatter_to(x: Float[Tensor, "..."], dim: int, group: Group) -> Float[Tensor,
 
     Cost: nothing forward, one all-gather backward.   Raises: ValueError if P does not divide the dimension.
     """
-    return x if dist.get_world_size(group) == 1 else _ScatterTo.apply(x, dim, group)
+    return _conjugate(x, group, partial(_part, dim=dim), partial(_whole, dim=dim))
 
 
 def gather_from(x: Float[Tensor, "..."], dim: int, group: Group) -> Float[Tensor, "..."]:
@@ -48,7 +51,7 @@ def gather_from(x: Float[Tensor, "..."], dim: int, group: Group) -> Float[Tensor
 
     Cost: one all-gather forward, nothing backward.
     """
-    return x if dist.get_world_size(group) == 1 else _GatherFrom.apply(x, dim, group)
+    return _conjugate(x, group, partial(_whole, dim=dim), partial(_part, dim=dim))
 
 
 def gather_to(x: Float[Tensor, "..."], dim: int, group: Group) -> Float[Tensor, "..."]:
@@ -56,7 +59,7 @@ def gather_to(x: Float[Tensor, "..."], dim: int, group: Group) -> Float[Tensor, 
 
     `copy_to` for a stream that is kept in parts.   Cost: one all-gather forward, one reduce-scatter backward.
     """
-    return x if dist.get_world_size(group) == 1 else _GatherTo.apply(x, dim, group)
+    return _conjugate(x, group, partial(_whole, dim=dim), partial(_part_of_sum, dim=dim))
 
 
 def reduce_scatter_from(x: Float[Tensor, "..."], dim: int, group: Group) -> Float[Tensor, "..."]:
@@ -65,7 +68,30 @@ def reduce_scatter_from(x: Float[Tensor, "..."], dim: int, group: Group) -> Floa
     `reduce_from` for a stream that is kept in parts.   Cost: one reduce-scatter forward, one all-gather backward.
     Raises: ValueError if P does not divide the dimension.
     """
-    return x if dist.get_world_size(group) == 1 else _ReduceScatterFrom.apply(x, dim, group)
+    return _conjugate(x, group, partial(_part_of_sum, dim=dim), partial(_whole, dim=dim))
+
+
+def _conjugate(x: Tensor, group: Group, there: Callable, back: Callable) -> Tensor:
+    """`there` forward, `back` for the gradient; at one rank x itself."""
+    if dist.get_world_size(group) == 1:
+        return x
+    return _Conjugate.apply(x, partial(there, group=group), partial(back, group=group))
+
+
+class _Conjugate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return there(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Go the partner's way."""
+        return ctx.back(grad), None, None
+
+
+def _same(x: Tensor, group: Group) -> Tensor:
+    return x.view_as(x)
 
 
 def _sum(x: Tensor, group: Group) -> Tensor:
@@ -97,74 +123,3 @@ def _whole(x: Tensor, dim: int, group: Group) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim)
-
-
-class _CopyTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Sum the ranks' gradients."""
-        return _sum(grad, ctx.group), None
-
-
-class _ReduceFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        return _sum(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Pass the gradient on."""
-        return grad, None
-
-
-class _ScatterTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dim, group):
-        ctx.dim, ctx.group = dim, group
-        return _part(x, dim, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Gather the parts' gradients."""
-        return _whole(grad, ctx.dim, ctx.group), None, None
-
-
-class _GatherFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dim, group):
-        ctx.dim, ctx.group = dim, group
-        return _whole(x, dim, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Take this rank's part of the gradient."""
-        return _part(grad, ctx.dim, ctx.group), None, None
-
-
-class _GatherTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dim, group):
-        ctx.dim, ctx.group = dim, group
-        return _whole(x, dim, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Sum the ranks' gradients and take this rank's part."""
-        return _part_of_sum(grad, ctx.dim, ctx.group), None, None
-
-
-class _ReduceScatterFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dim, group):
-        ctx.dim, ctx.group = dim, group
-        return _part_of_sum(x, dim, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Gather the parts' gradients."""
-        return _whole(grad, ctx.dim, ctx.group), None, None

@@ -92,7 +92,7 @@ def serve_calls(channel: int, output: int, errors: int) -> None:
     faulthandler.enable()  # a crash in C says on standard error where it was
     caller, calls = Channel(socket.socket(fileno=channel)), queue.SimpleQueue()
     threading.Thread(target=_listen, args=(caller, calls, threading.get_ident()), daemon=True).start()
-    me = None
+    me, first = None, True
     while True:
         kind, *content = calls.get()
         try:
@@ -101,7 +101,8 @@ def serve_calls(channel: int, output: int, errors: int) -> None:
                 continue
             if me is None:  # the caller has been told why
                 continue
-            result = _call(me, content[0])
+            begins, first = first, False
+            result = _call(me, content[0], begins)
             _flush()
             try:
                 caller.send("done", result)
@@ -137,19 +138,17 @@ def _join_forked(rank: int, size: int, backend: str, timeout: float, checked: bo
     os.chdir(caller["folder"])
     sys.path[:] = caller["path"]
     try:
-        me = join_world(rank, size, backend, timeout, checked, rank, dist.FileStore(os.path.join(folder, "store"), size))
+        return join_world(rank, size, backend, timeout, checked, rank, dist.FileStore(os.path.join(folder, "store"), size))
     except RuntimeError as error:
         raise RuntimeError(f"the ranks could not connect to one another by {backend} over the loopback interface {loopback}, "
                            f"which must be up: {error}") from error
-    return me
 
 
-def _call(me: Rank, packed: bytes):
-    """Unpack a function with its arguments and run it."""
+def _call(me: Rank, packed: bytes, first: bool):
+    """Unpack a function with its arguments and run it; before the first one, all ranks start from the same seeds."""
     function, arguments, cells = unpack(packed)
     linecache.cache.update(cells)  # so that tracebacks quote the lines of notebook cells
-    if not hasattr(me, "seeded"):  # at the first call, after what unpacking has imported, which may draw
-        me.seeded = True
+    if first:  # as late as can be: what unpacking imports may draw, and so does the checking of types in the tests
         random.seed(0)
         torch.manual_seed(0)
     return function(me, *arguments)

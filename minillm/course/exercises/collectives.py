@@ -37,10 +37,6 @@ def ranks_of(size: int):
 
 # ring_all_reduce
 
-def ring_all_reduce(x, rank, size, exchange):
-    return altered_ring()(x, rank, size, exchange)
-
-
 def altered_ring(short=0, mean=True, backwards=False, twice=False, gathers=True, shifted=0):
     """The mean over all ranks round a ring; with arguments, with something wrong."""
     def ring(x, rank, size, exchange):
@@ -67,7 +63,7 @@ def everybody_to_everybody(x, rank, size, exchange):
 
 
 RING = Exercise(
-    name="ring_all_reduce", reference=ring_all_reduce, driver=drive_ring, minutes=25, difficulty=3, **COMMON, **SUMS,
+    name="ring_all_reduce", reference=altered_ring(), driver=drive_ring, minutes=25, difficulty=3, **COMMON, **SUMS,
     tests=(Test("three ranks", ranks_of(3), points=3, cases=2, ranks=3), Test("four ranks", ranks_of(4), points=2, cases=2, ranks=4)),
     hints=("Cut x into `size` chunks. In each step every rank passes one chunk on to rank + 1 and gets one from rank − 1, so 2 · (size − 1) steps move everything.",
            "First half: in step s send chunk (rank − s), add what comes to chunk (rank − s − 1). After it rank r holds the finished chunk r + 1.",
@@ -83,10 +79,6 @@ RING = Exercise(
 
 
 # reduce_scatter
-
-def reduce_scatter(x, rank, size, exchange):
-    return altered_scatter()(x, rank, size, exchange)
-
 
 def altered_scatter(own=-1, short=0, adds=True, mean=False):
     """Chunk `rank` of the sum over all ranks; with arguments, with something wrong."""
@@ -106,7 +98,7 @@ def reduces_everything(x, rank, size, exchange):
 
 
 REDUCE_SCATTER = Exercise(
-    name="reduce_scatter", reference=reduce_scatter, driver=drive_ring, minutes=15, difficulty=2, **COMMON, **SUMS,
+    name="reduce_scatter", reference=altered_scatter(), driver=drive_ring, minutes=15, difficulty=2, **COMMON, **SUMS,
     tests=(Test("three ranks", ranks_of(3), points=2, cases=2, ranks=3), Test("four ranks", ranks_of(4), points=1, cases=2, ranks=4)),
     hints=("It is the first half of the ring all-reduce, but each rank must end with its own chunk, number `rank`.",
            "A chunk that starts at rank r is finished at rank r − 1, one step before it would be back. So who starts with which?",
@@ -134,10 +126,6 @@ def drive_top_k(answer, gradients, k):
     return [sent, memory]
 
 
-def top_k_feedback(gradient, memory, k):
-    return altered_top_k()(gradient, memory, k)
-
-
 def altered_top_k(remembers=True, clears=True, signed=False, adds=True, reads=True, largest=True):
     """The k largest of gradient and memory; with arguments, with something wrong."""
     def compress(gradient, memory, k):
@@ -158,7 +146,7 @@ def top_k_inputs(draw: Draw) -> tuple:
 
 
 TOP_K = Exercise(
-    name="top_k_feedback", reference=top_k_feedback, driver=drive_top_k, minutes=12, difficulty=1, **COMMON, **SUMS,
+    name="top_k_feedback", reference=altered_top_k(), driver=drive_top_k, minutes=12, difficulty=1, **COMMON, **SUMS,
     tests=(Test("six gradients in a row", top_k_inputs, points=3),),
     hints=("What was not sent last time is still owed: it belongs to this step's gradient.",
            "Choose by size, whatever the sign, but send the numbers with their sign.",

@@ -27,10 +27,6 @@ def drive_share(answer, rank, features, targets, real, weights):
     return {"loss": loss.detach().clone(), "gradient after the sum": weights.grad}
 
 
-def share_of_loss(losses, real, total):
-    return altered_share()(losses, real, total)
-
-
 def altered_share(own=False, ranks=0.0, divides=True, padding=False, average=False):
     """This rank's part of the mean loss; with arguments, with something wrong."""
     def part_of_mean(losses, real, total):
@@ -62,7 +58,7 @@ def ranks_with_padding(size: int, empty: bool = False):
 
 
 SHARE = Exercise(
-    name="share_of_loss", reference=share_of_loss, driver=drive_share, minutes=10, difficulty=1, **COMMON, **SUMS,
+    name="share_of_loss", reference=altered_share(), driver=drive_share, minutes=10, difficulty=1, **COMMON, **SUMS,
     tests=(Test("two ranks", ranks_with_padding(2), points=2, cases=2, ranks=2),
            Test("three ranks, one of them without a target", ranks_with_padding(3, empty=True), points=1, cases=2, ranks=3)),
     hints=("Gradients will be added over the ranks, so the losses must add up to the mean over all targets of all ranks.",
@@ -109,10 +105,6 @@ def drive_hooks(answer, rank, weights, rows, microbatches):
     return {"gradients": found, "log": log}
 
 
-def hook_gradients(weights, is_last, send):
-    altered_hooks()(weights, is_last, send)
-
-
 def altered_hooks(waits=True, early=False, copies=False, first=False, share=0.0, last_layer_only=False):
     """A hook on every weight that sends its gradient; with arguments, with something wrong."""
     def watch(weights, is_last, send):
@@ -157,7 +149,7 @@ def layers_and_rows(size: int, microbatches: int):
 
 
 HOOKS = Exercise(
-    name="hook_gradients", reference=hook_gradients, driver=drive_hooks, minutes=15, difficulty=2, **COMMON, **SUMS,
+    name="hook_gradients", reference=altered_hooks(), driver=drive_hooks, minutes=15, difficulty=2, **COMMON, **SUMS,
     tests=(Test("two ranks, one microbatch", layers_and_rows(2, 1), points=1, cases=2, ranks=2),
            Test("two ranks, three microbatches", layers_and_rows(2, 3), points=2, cases=2, ranks=2)),
     hints=("weight.register_post_accumulate_grad_hook(f) calls f(weight) whenever backward has added a gradient to weight.grad.",
@@ -178,10 +170,6 @@ def drive_cut(answer, sizes, most):
     """Buckets as places among the names, counted from 0."""
     names = list(sizes)
     return [[names.index(name) for name in bucket] for bucket in answer(sizes, most)]
-
-
-def cut_into_buckets(sizes, most):
-    return altered_cut()(sizes, most)
 
 
 def altered_cut(forwards=False, over=False, reopens=False, drops=False, splits=False, strict=False):
@@ -231,7 +219,7 @@ def parameter_sizes(draw: Draw) -> tuple:
 
 
 CUT = Exercise(
-    name="cut_into_buckets", reference=cut_into_buckets, driver=drive_cut, minutes=10, difficulty=1, **COMMON,
+    name="cut_into_buckets", reference=altered_cut(), driver=drive_cut, minutes=10, difficulty=1, **COMMON,
     tests=(Test("sizes of all kinds", parameter_sizes, points=2),),
     hints=("Backward reaches the last layer first: go through the names in reverse.",
            "Keep one bucket open. If the next one does not fit, close it for good and open another.",
@@ -282,10 +270,6 @@ def drive_buckets(answer, rank, weights, buckets, swapped, rows):
         for weight in layers.values():
             weight.grad = None
     return {"gradients": found, "log": log}
-
-
-def send_buckets(weights, buckets, send):
-    return altered_buckets()(weights, buckets, send)
 
 
 def altered_buckets(hasty=False, as_filled=False, singly=False, at_once=False, once=False, mixed=False, late=False, share=1.0):
@@ -349,7 +333,7 @@ def buckets_and_rows(size: int, swaps: bool = False):
 
 
 BUCKETS = Exercise(
-    name="send_buckets", reference=send_buckets, driver=drive_buckets, minutes=25, difficulty=3, **COMMON, **SUMS,
+    name="send_buckets", reference=altered_buckets(), driver=drive_buckets, minutes=25, difficulty=3, **COMMON, **SUMS,
     tests=(Test("two ranks", buckets_and_rows(2), points=3, cases=2, ranks=2),
            Test("two ranks, one of which goes another way", buckets_and_rows(2, swaps=True), points=2, cases=2, ranks=2)),
     hints=("Each bucket needs a set of the names that are still missing. A hook on every weight takes its name out; what is to be done when the set is empty?",

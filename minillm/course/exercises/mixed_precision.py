@@ -81,10 +81,6 @@ def drive_scaled(answer, steps, weights, targets, lr, scale, interval, max_norm)
     return found
 
 
-def fp16_step(loss, weights, optimizer, state, interval, max_norm):
-    return altered_step()(loss, weights, optimizer, state, interval, max_norm)
-
-
 def altered_step(clip_first=False, unscaled=True, grows=True, skips=True, resets=True, clears="always", after=0, shrinks=True, clips=True,
                  up=2.0, looks="everywhere", says=True):
     """One step with a loss scale; with arguments, with something wrong."""
@@ -127,7 +123,7 @@ def scaled_inputs(draw: Draw, overflow: bool) -> tuple:
 STALE = "Clear the gradients after every step, a skipped one too: the next adds to what is left, which is scaled otherwise or infinite."
 MISSED = "You let an infinite gradient through: look at every gradient, not only the first, and for inf as well as NaN."
 SCALED = Exercise(
-    name="fp16_step", reference=fp16_step, driver=drive_scaled, minutes=25, difficulty=2, **COMMON, rtol=1e-4, atol=1e-6,
+    name="fp16_step", reference=altered_step(), driver=drive_scaled, minutes=25, difficulty=2, **COMMON, rtol=1e-4, atol=1e-6,
     why="float32: a gradient may be divided, or multiplied by the inverse",
     tests=(Test("gradients that fit", lambda draw: scaled_inputs(draw, False), points=3), Test("gradients that overflow", lambda draw: scaled_inputs(draw, True), points=3)),
     hints=("The order: scale the loss, backward, unscale, look whether all is finite, clip, step, move the scale, clear the gradients.",
@@ -162,15 +158,9 @@ def drive_master(answer, weight, steps, lr, beta, scale):
     return [weight.float(), state["master"], state["average"]]
 
 
-def master_step(weight, grad, state, lr, beta, scale):
-    true = grad.float() / scale
-    state["average"] = beta * state["average"] + (1 - beta) * true
-    state["master"] = state["master"] - lr * state["average"]
-    weight.copy_(state["master"])
-
-
 def altered_master(unscale="wide", copy_back=True, reread=False, on_weight=False, divide=True, narrow=False, keeps=True, fresh=True):
-    def wrong(weight, grad, state, lr, beta, scale):
+    """A step on the master copy; with arguments, with something wrong."""
+    def step(weight, grad, state, lr, beta, scale):
         gradient = grad.float() / scale if unscale == "wide" else (grad / scale).float()
         gradient = gradient if divide else grad.float()
         average = (beta * state["average"] if keeps else 0) + ((1 - beta) if fresh and keeps else 1) * gradient
@@ -182,7 +172,7 @@ def altered_master(unscale="wide", copy_back=True, reread=False, on_weight=False
         state["master"] = (weight.float() if reread else state["master"]) - lr * state["average"]
         if copy_back:
             weight.copy_(state["master"])
-    return wrong
+    return step
 
 
 def master_inputs(draw: Draw, size: float) -> tuple:
@@ -194,7 +184,7 @@ def master_inputs(draw: Draw, size: float) -> tuple:
 
 
 MASTER = Exercise(
-    name="master_step", reference=master_step, driver=drive_master, minutes=15, difficulty=2, **COMMON, rtol=2e-6, atol=1e-11,
+    name="master_step", reference=altered_master(), driver=drive_master, minutes=15, difficulty=2, **COMMON, rtol=2e-6, atol=1e-11,
     why="float32 in another order of operations; the smallest gradients are 1e-7",
     tests=(Test("large gradients", lambda draw: master_inputs(draw, 1.0), points=1), Test("small gradients", lambda draw: master_inputs(draw, 1e-3), points=2),
            Test("gradients below fp16's range", lambda draw: master_inputs(draw, 1e-7), points=2)),

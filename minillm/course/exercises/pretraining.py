@@ -13,16 +13,9 @@ DOUBLE = {"rtol": 1e-9, "atol": 1e-12, "why": "Python's floats, in another order
 
 # next_token_loss
 
-def next_token_loss(logits, ids, real):
-    log_p = logits[:, :-1].log_softmax(-1)
-    said = log_p.gather(-1, ids[:, 1:, None])[..., 0]
-    included = real[:, 1:] & real[:, :-1]
-    return -(said * included).sum() / included.sum()
-
-
 def altered_loss(shift=1, both="both", divide="count", safe=True, exact=True, sign=-1.0, bits=False):
-    """next_token_loss with one thing wrong."""
-    def wrong(logits, ids, real):
+    """The loss; with arguments, with something wrong."""
+    def loss(logits, ids, real):
         by_hand = logits.exp() / logits.exp().sum(-1, keepdim=True)
         log_p = {True: logits.log_softmax(-1), "late": logits.softmax(-1).log(), False: by_hand.log()}[safe]
         log_p = log_p if exact else logits
@@ -39,7 +32,7 @@ def altered_loss(shift=1, both="both", divide="count", safe=True, exact=True, si
         if divide == "rows":
             return (sign * (said * counts).sum(-1) / counts.sum(-1)).mean()
         return total if divide == "nothing" else total / counts.sum()
-    return wrong
+    return loss
 
 
 def padding_counts(logits, ids, real):
@@ -58,7 +51,7 @@ def loss_inputs(draw: Draw, size: float = 2.0) -> tuple:
 
 EXACT = "exp of a large logit is infinite, and so is the logarithm of a probability that was rounded to 0: take log_softmax at once."
 LOSS = Exercise(
-    name="next_token_loss", reference=next_token_loss, minutes=12, difficulty=1, **COMMON, **FLOAT,
+    name="next_token_loss", reference=altered_loss(), minutes=12, difficulty=1, **COMMON, **FLOAT,
     bans=("torch.nn.functional.cross_entropy", "torch.nn.functional.nll_loss", "torch.nn.CrossEntropyLoss", "torch.nn.NLLLoss"),
     tests=(Test("texts of several lengths", loss_inputs, points=3),
            Test("large logits", lambda draw: loss_inputs(draw, 90.0), points=1)),
@@ -89,10 +82,6 @@ def drive_adamw(answer, weights, steps, lr, betas, eps, decay):
         answer(weights, grads, state, lr, betas, eps, decay)
         found.append({name: w.clone() for name, w in owned.items()})
     return {f"weights after step {number}": w for number, w in enumerate(found, start=1)}
-
-
-def adamw_step(weights, grads, state, lr, betas, eps, decay):
-    altered_adamw()(weights, grads, state, lr, betas, eps, decay)
 
 
 def altered_adamw(correct=True, vectors=False, coupled=False, inside=False, scaled=True, swapped=False, first=1, squares=True, decays=True, counts="steps", in_place=True):
@@ -128,7 +117,7 @@ def adamw_inputs(draw: Draw) -> tuple:
 
 
 ADAMW = Exercise(
-    name="adamw_step", reference=adamw_step, driver=drive_adamw, minutes=20, difficulty=2, **COMMON, **FLOAT,
+    name="adamw_step", reference=altered_adamw(), driver=drive_adamw, minutes=20, difficulty=2, **COMMON, **FLOAT,
     bans=("torch.optim.AdamW", "torch.optim.Adam"),
     tests=(Test("four steps", adamw_inputs, points=4),),
     hints=("`state` is empty at the first step and is yours: keep the number of steps in it, and two averages a weight, zeros at first.",
@@ -155,10 +144,6 @@ def drive_schedule(answer, peak, warmup, total, floor):
     return [float(answer(step, peak, warmup, total, floor)) for step in range(total + 2)]
 
 
-def schedule(step, peak, warmup, total, floor):
-    return altered_schedule()(step, peak, warmup, total, floor)
-
-
 def altered_schedule(from_zero=False, whole=False, late=False, absolute=False, to_zero=False, line=False, back=False):
     """The schedule; with arguments, with something wrong."""
     def rate(step, peak, warmup, total, floor):
@@ -179,7 +164,7 @@ def schedule_inputs(draw: Draw) -> tuple:
 
 
 SCHEDULE = Exercise(
-    name="schedule", reference=schedule, driver=drive_schedule, minutes=12, difficulty=1, **COMMON, **DOUBLE,
+    name="schedule", reference=altered_schedule(), driver=drive_schedule, minutes=12, difficulty=1, **COMMON, **DOUBLE,
     tests=(Test("whole runs", schedule_inputs, points=3),),
     hints=("Steps count from 0. The first takes 1/warmup of the peak, and step warmup − 1 takes all of it.",
            "After that, how far is the way from step `warmup` (nothing done) to step total − 1 (all done)?",
@@ -195,10 +180,6 @@ SCHEDULE = Exercise(
 
 
 # flops
-
-def flops(layers, width, heads, kv_heads, head_dim, ffn_width, vocab, tokens):
-    return altered_flops()(layers, width, heads, kv_heads, head_dim, ffn_width, vocab, tokens)
-
 
 def altered_flops(two=2, times=3, scores=4, kv=True, matrices=3, embedding=False, head=True, square=False):
     """Training FLOPs; with arguments, with something wrong."""
@@ -219,7 +200,7 @@ def flops_inputs(draw: Draw) -> tuple:
 
 
 FLOPS = Exercise(
-    name="flops", reference=flops, minutes=15, difficulty=2, **COMMON, rtol=1e-12, why="a float has 15 digits, these counts have up to 21",
+    name="flops", reference=altered_flops(), minutes=15, difficulty=2, **COMMON, rtol=1e-12, why="a float has 15 digits, these counts have up to 21",
     tests=(Test("any model", flops_inputs, points=3),),
     hints=("A product of a vector with a matrix of n weights is n multiplications and n additions.",
            "Queries and output have H · D columns, keys and values G · D. The scores are T · T · D for each query head, and the values as many again.",
@@ -239,10 +220,6 @@ FLOPS = Exercise(
 
 # compute_optimal
 
-def compute_optimal(budget, A, alpha, B, beta):
-    return altered_optimum()(budget, A, alpha, B, beta)
-
-
 def altered_optimum(six=6, swapped=False, ratio=True, equal=False, inverted=False, tokens_first=False, rest=None):
     """The optimum of A/N^alpha + B/D^beta under 6ND = budget; with arguments, with something wrong."""
     def optimum(budget, A, alpha, B, beta):
@@ -260,7 +237,7 @@ def optimum_inputs(draw: Draw) -> tuple:
 
 
 OPTIMUM = Exercise(
-    name="compute_optimal", reference=compute_optimal, minutes=15, difficulty=3, **COMMON, rtol=1e-3,
+    name="compute_optimal", reference=altered_optimum(), minutes=15, difficulty=3, **COMMON, rtol=1e-3,
     why="a closed form is exact; a search by halving or a fine grid may stop at a thousandth",
     tests=(Test("any law", optimum_inputs, points=3, cases=6),),
     hints=("D is no free choice: the budget fixes it at D = budget / (6N). So the loss is a function of N alone.",
@@ -277,10 +254,6 @@ OPTIMUM = Exercise(
 
 
 # check_the_article
-
-def check_the_article(parameters, tokens, gpu_gb, gpus, peak, days):
-    return altered_article()(parameters, tokens, gpu_gb, gpus, peak, days)
-
 
 def altered_article(states=16, unit=1e9, stored=None, six=6, hours=24, whole=True, rounds=math.ceil, percent=1):
     """What an article's numbers imply; with arguments, with something wrong."""
@@ -299,7 +272,7 @@ def article_inputs(draw: Draw) -> tuple:
 
 
 ARTICLE = Exercise(
-    name="check_the_article", reference=check_the_article, minutes=15, difficulty=1, **COMMON, **DOUBLE,
+    name="check_the_article", reference=altered_article(), minutes=15, difficulty=1, **COMMON, **DOUBLE,
     tests=(Test("any article", article_inputs, points=3, cases=8),),
     hints=("Mixed precision with AdamW keeps 2 + 2 + 4 + 4 + 4 bytes a parameter: weight, gradient, master copy, two averages.",
            "Gigabytes here are 10⁹ bytes on both sides. GPUs come whole.",

@@ -6,8 +6,8 @@ from pathlib import Path
 from minillm.config import ParallelConfig, TrainConfig
 from minillm.data.loader import Loader
 from minillm.data.prepare import DataConfig, Prepared, prepare
-from minillm.engine import Engine
 from minillm.model.families import preset
+from minillm.torch_engine import build_engine
 from minillm.trainer import Trainer
 
 TINY = preset("first", vocab_size=300, layers=1, width=16, heads=2, context=32)
@@ -22,6 +22,6 @@ def small_data(folder: Path) -> Prepared:
 def trainer(data: Prepared, run: Path, model=TINY, parallel=ParallelConfig(), **changes) -> Trainer:
     """A trainer over the small data."""
     plan = replace(PLAN, **changes)
-    engine = Engine(model, plan, parallel)
+    engine = build_engine(model, plan, parallel)
     loader = Loader(data.train, plan.batch_size, model.context, seed=plan.seed, rank=engine.rank, ranks=engine.ranks)
     return Trainer(engine, loader, data.val, run, tokenizer=data.tokenizer)

@@ -8,6 +8,7 @@ from minillm.data.loader import Loader
 from minillm.data.prepare import DataConfig, Prepared, prepare
 from minillm.model.families import preset
 from minillm.torch_engine import build_engine
+from minillm.train.metrics import read_metrics
 from minillm.trainer import Trainer
 
 TINY = preset("first", vocab_size=300, layers=1, width=16, heads=2, context=32)
@@ -25,3 +26,10 @@ def trainer(data: Prepared, run: Path, model=TINY, parallel=ParallelConfig(), **
     engine = build_engine(model, plan, parallel)
     loader = Loader(data.train, plan.batch_size, model.context, seed=plan.seed, rank=engine.rank, ranks=engine.ranks)
     return Trainer(engine, loader, data.val, run, tokenizer=data.tokenizer)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Of a run's metrics file, by step."""
+    found = [(r["step"], r["loss"]) for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+    assert len(found) == len(dict(found))  # one writer
+    return dict(found)

@@ -46,6 +46,14 @@ def trained(model, plan, parallel=ParallelConfig(), wide=True):
             "model": engine.whole_model().state_dict(), "held": sum(w.numel() for w in engine.weights.values())}
 
 
+def resumed(model, plan, source, parallel=ParallelConfig()):
+    """The losses after the state and weights of another layout were loaded."""
+    engine = build_engine(Transformer(model, seed=9).double(), plan, parallel)
+    engine.load_weights(source["model"])
+    engine.load_state_dict(source["state"])
+    return engine.steps_done, [take_step(engine, step)[0] for step in (11, 12)]
+
+
 def like_one_process(ours, wanted):
     """Both from `trained`."""
     # the loss that is returned is added up in float32, all else in float64: only the order of summation differs

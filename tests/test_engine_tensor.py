@@ -13,15 +13,14 @@ from minillm.config import ParallelConfig
 from minillm.data.prepare import open_prepared
 from minillm.engine import Engine, check_layout
 from minillm.model.huggingface import CheckpointError
-from minillm.model.transformer import Transformer
 from minillm.parallel.agreement import FirstRankError
 from minillm.parallel.launch import launch
 from minillm.parallel.mesh import build_mesh
 from minillm.train.checkpoint import checkpoints
 from minillm.train.loss import next_token_loss
 from minillm.train.metrics import read_metrics
-from runs import PLAN, TINY, small_data, trainer
-from steps import like_one_process, share, take_step, trained
+from runs import PLAN, TINY, losses, small_data, trainer
+from steps import like_one_process, resumed, share, trained
 
 MODEL = replace(TINY, layers=2, heads=4, kv_heads=2)  # on four ranks, two hold the same KV head
 BASE = replace(PLAN, batch_size=8, lr=1e-2, clip_norm=0.1)
@@ -45,21 +44,13 @@ def overflow_on_one_rank(me, parallel):
     return found
 
 
-def resumed(source, parallel=ParallelConfig()):
-    """The losses after the state and weights of another layout were loaded."""
-    engine = Engine(Transformer(MODEL, seed=9).double(), BASE, parallel)
-    engine.load_weights(source["model"])
-    engine.load_state_dict(source["state"])
-    return engine.steps_done, [take_step(engine, step)[0] for step in (11, 12)]
-
-
 def everything(me, layouts, dense):
     found = []
     for layout in layouts:
         parallel = ParallelConfig(**layout, bucket_mb=0.01)
         found.append({"runs": {name: trained(MODEL, plan, parallel) for name, plan in PLANS.items()},
                       "narrow": {name: trained(MODEL, plan, parallel, wide=False) for name, plan in NARROW.items()},
-                      "overflow": overflow_on_one_rank(me, parallel), "resumed": resumed(dense, parallel)})
+                      "overflow": overflow_on_one_rank(me, parallel), "resumed": resumed(MODEL, BASE, dense, parallel)})
     return found
 
 
@@ -105,13 +96,13 @@ def test_all_ranks_skip_the_same_steps(results):
 
 
 def test_a_state_goes_on_in_every_layout(results, dense):
-    wanted = resumed(dense["plain"])
+    wanted = resumed(MODEL, BASE, dense["plain"])
     assert wanted[0] == 10
     for rank in [rank for ranks in results.values() for rank in ranks]:
         for ours in rank:
             # float64; the loss that is returned is added up in float32
             assert ours["resumed"][0] == 10 and ours["resumed"][1] == pytest.approx(wanted[1], rel=1e-6)
-            assert resumed(ours["runs"]["plain"])[1] == pytest.approx(wanted[1], rel=1e-6)
+            assert resumed(MODEL, BASE, ours["runs"]["plain"])[1] == pytest.approx(wanted[1], rel=1e-6)
 
 
 FOUR = ParallelConfig(dp=2, tp=2)
@@ -130,12 +121,6 @@ def jobs(me, folder, runs):
         job.save()
     except (CheckpointError, FirstRankError) as error:
         return finished, again, looked, type(error).__name__, "the disk is full" in str(error)
-
-
-def losses(run):
-    found = [(r["step"], r["loss"]) for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
-    assert len(found) == len(dict(found))  # one writer
-    return dict(found)
 
 
 def test_checkpoints_are_dense_and_a_run_goes_on_in_another_layout(tmp_path):

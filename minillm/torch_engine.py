@@ -153,6 +153,8 @@ def parallel_styles(model: nn.Module, table: Table, ranks: int, stream: Shard | 
 def check_torch_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig) -> None:
     """Refuse what only our engine can do. Raises: ValueError that says what would work."""
     way_out = "or --parallel.engine ours, which can."
+    if others := [f"{axis} = {size}" for axis, size in parallel.axes.items() if axis not in ("dp", "tp")]:
+        raise ValueError(f"engine = 'torch' with {', '.join(others)}: it has the axes dp and tp. Leave the others out, {way_out}")
     if parallel.world_size > 1 and train.master_weights:
         raise ValueError(f"engine = 'torch' on {parallel.world_size} ranks with master_weights: DDP sums the 16-bit gradients, not "
                          f"their float32 copies. Leave master_weights out, {way_out}")

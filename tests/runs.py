@@ -3,8 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from minillm.config import ParallelConfig, TrainConfig
-from minillm.data.loader import Loader
+from minillm.data.loader import Batch, Loader
 from minillm.data.prepare import DataConfig, Prepared, prepare
 from minillm.model.families import preset
 from minillm.torch_engine import build_engine
@@ -28,8 +30,24 @@ def trainer(data: Prepared, run: Path, model=TINY, parallel=ParallelConfig(), **
     return Trainer(engine, loader, data.val, run, tokenizer=data.tokenizer)
 
 
-def losses(run: Path) -> dict[int, float]:
+def run_losses(run: Path) -> dict[int, float]:
     """Of a run's metrics file, by step."""
     found = [(r["step"], r["loss"]) for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
     assert len(found) == len(dict(found))  # one writer
     return dict(found)
+
+
+def batch(seed=0, rows=4) -> Batch:
+    """Random ids below 300, 32 a row."""
+    ids = torch.randint(0, 300, (rows, 33), generator=torch.Generator().manual_seed(seed))
+    return Batch(ids[:, :-1].clone(), ids[:, 1:].clone())
+
+
+def losses(engine, steps=5) -> list[float]:
+    """The loss of each of some steps of training."""
+    found = []
+    for step in range(steps):
+        found.append(float(engine.forward_backward(batch(step))))
+        engine.clip(1.0)
+        engine.step()
+    return found

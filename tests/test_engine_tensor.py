@@ -19,7 +19,7 @@ from minillm.parallel.mesh import build_mesh
 from minillm.train.checkpoint import checkpoints
 from minillm.train.loss import next_token_loss
 from minillm.train.metrics import read_metrics
-from runs import PLAN, TINY, losses, small_data, trainer
+from runs import PLAN, TINY, run_losses, small_data, trainer
 from steps import like_one_process, resumed, share, trained
 
 MODEL = replace(TINY, layers=2, heads=4, kv_heads=2)  # on four ranks, two hold the same KV head
@@ -132,11 +132,11 @@ def test_checkpoints_are_dense_and_a_run_goes_on_in_another_layout(tmp_path):
                      *[(True, True, [], "FirstRankError", True)] * 3]
     shutil.copytree(tmp_path / "four", tmp_path / "back")
     assert trainer(data, tmp_path / "back", model=MODEL).train(resume=tmp_path / "back" / "step-000004")
-    wanted = losses(tmp_path / "alone")
+    wanted = run_losses(tmp_path / "alone")
     assert list(wanted) == [1, 2, 3, 4, 5, 6]
     for run in ("four", "went on", "back"):
         # float32: sums in another order; a few steps of Adam, whose first ones amplify what is close to 0
-        assert losses(tmp_path / run) == pytest.approx(wanted, rel=1e-4)
+        assert run_losses(tmp_path / run) == pytest.approx(wanted, rel=1e-4)
         assert [folder.name for folder in checkpoints(tmp_path / run)] == ["step-000004", "step-000006"]
         for file in ("model.safetensors", "optimizer.safetensors"):
             ours, theirs = (load_file(tmp_path / name / "step-000006" / file) for name in (run, "alone"))
@@ -178,9 +178,9 @@ def test_torchrun_does_what_one_process_does(tmp_path):
     code, said, err = ended(start(*TRAIN, "--out", tmp_path / "four", "--parallel.dp", "2", "--parallel.tp", "2", ranks=4))
     assert code == 0, err
     assert "on cpu, 4 ranks" in said and alone.count("Done. Validation loss") == said.count("Done. Validation loss") == 1
-    wanted = losses(tmp_path / "alone")
+    wanted = run_losses(tmp_path / "alone")
     # float32: sums in another order
-    assert len(wanted) == 6 and losses(tmp_path / "four") == pytest.approx(wanted, rel=1e-4)
+    assert len(wanted) == 6 and run_losses(tmp_path / "four") == pytest.approx(wanted, rel=1e-4)
     samples = [[r["sample"] for r in read_metrics(tmp_path / run / "metrics.jsonl") if "sample" in r]
                for run in ("alone", "four")]
     assert len(samples[0]) == len(samples[1]) > 0 and all(samples[1])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import TRAIN, ended, start
 from ranks import functions_travel_by_value  # noqa: F401  a fixture
-from runs import PLAN, TINY, losses, small_data, trainer
+from runs import PLAN, TINY, run_losses, small_data, trainer
 from safetensors.torch import load_file
 from steps import like_one_process, resumed, share, trained
 from torch.nn.parallel import DistributedDataParallel
@@ -138,10 +138,10 @@ def test_a_run_changes_engines_at_a_checkpoint(tmp_path):
     for name, begun in (("torch", "step-000004"), ("cut", "step-000003")):
         shutil.copytree(tmp_path / name, tmp_path / f"{name}, then ours")
         assert trainer(data, tmp_path / f"{name}, then ours", model=MODEL).train(resume=tmp_path / f"{name}, then ours" / begun)
-    wanted = losses(tmp_path / "alone")
+    wanted = run_losses(tmp_path / "alone")
     for run in ("torch", "went on", "torch, then ours", "cut, then ours"):
         # float32: sums in another order; a few steps of Adam, whose first ones amplify what is close to 0
-        assert losses(tmp_path / run) == pytest.approx(wanted, rel=1e-4) and len(wanted) == 6
+        assert run_losses(tmp_path / run) == pytest.approx(wanted, rel=1e-4) and len(wanted) == 6
         for file in ("model.safetensors", "optimizer.safetensors"):
             ours, theirs = (load_file(tmp_path / name / "step-000006" / file) for name in (run, "alone"))
             assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
@@ -152,11 +152,18 @@ def test_alone_it_is_our_engine():
     like_one_process(found, trained(GPT2, BASE))
 
 
+class Piped(ParallelConfig):
+    """A layout with one more axis than torch's engine has."""
+
+    axes = {"dp": 2, "pp": 2}
+
+
 def test_what_torch_cannot_do_is_refused():
     two = ParallelConfig(tp=2, engine="torch")
     for model, plan, parallel, words in (
             (replace(LLAMA, kv_heads=1), BASE, two, "tp = 2 and 1 KV heads: .* Use a tp that divides 1, or --parallel.engine ours"),
             (LLAMA, replace(BASE, precision="bf16", master_weights=True), ParallelConfig(dp=2, engine="torch"), "master_weights: DDP sums"),
+            (LLAMA, BASE, Piped(dp=2, engine="torch"), "engine = 'torch' with pp = 2: it has the axes dp and tp"),
             (replace(LLAMA, experts=4), BASE, two, "tp = 2 with 4 experts"),
             (LLAMA, BASE, two, r"a layout of 2 ranks \(tp = 2\) does not fit a world of 1")):
         with pytest.raises(ValueError, match=words):
@@ -192,5 +199,5 @@ def test_torchrun_with_the_short_option(tmp_path):
     code, said, err = ended(start(*TRAIN, "--out", tmp_path / "two", "--engine", "torch", "--parallel.tp", "2", ranks=2))
     assert code == 0 and "on cpu, 2 ranks" in said, err
     # float32: sums in another order
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+    assert run_losses(tmp_path / "two") == pytest.approx(run_losses(tmp_path / "alone"), rel=1e-4)
     assert '"engine": "torch"' in (tmp_path / "two" / "step-000006" / "trainer.json").read_text()

@@ -58,7 +58,7 @@ class TorchEngine(Engine):
 
     def _split(self, tensor: DeviceMesh) -> None:
         """Let parallelize_module cut the model, and cross entropy read DTensors split by token."""
-        self.placed = place(self.model, tensor, sharding_table(self.model.config), self.parallel.sequence_parallel)
+        self.placed = place(parallelize(self.model, tensor, sharding_table(self.model.config), self.parallel.sequence_parallel))
         group = tensor.get_group()
         self.loss = lambda logits, batch: next_token_loss(logits, batch).to_local()
         self.log_z_squared = lambda logits, targets: vocabulary_log_z(logits.to_local(), group).square()[targets != IGNORED].sum()
@@ -101,31 +101,51 @@ class Placed(nn.Module):
         return functional_call(self.model, made, (ids,), places)
 
 
-def place(model: nn.Module, mesh: DeviceMesh, table: Table, sequence_parallel: bool = False) -> Placed:
-    """Cut a dense model, the same on every rank, as `apply_tensor_parallel` does, by parallelize_module; its logits become a
-    DTensor split by token. Afterwards model.parts says where each split parameter lies in the whole one.
+def parallelize(model: nn.Module, mesh: DeviceMesh, table: Table, sequence_parallel: bool = False) -> nn.Module:
+    """Cut a dense model, the same on every rank, as `apply_tensor_parallel` does, in place, by parallelize_module; its logits
+    become a DTensor split by token.
 
     Cost: Megatron's count; each door gathers the gradients of q, k and v and sums them once.
     """
     group, rank, ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
-    tied = [name for name, p in model.named_parameters(remove_duplicate=False) if name not in dict(model.named_parameters())]
-    same = {name: next(n for n, p in model.named_parameters() if p is model.get_parameter(name)) for name in tied}
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    tied = {name: first[p] for name, p in model.named_parameters(remove_duplicate=False) if first[p] != name}
     stream = Shard(1) if sequence_parallel else Replicate()
     styles = parallel_styles(model, table, ranks, stream)
     parallelize_module(model, mesh, styles, src_data_rank=None)
-    regions = {name.rpartition(".")[0] for name, style in styles.items() if isinstance(model.get_submodule(name), nn.Linear)}
-    for name in regions - {""}:  # one door for q, k and v, so that their gradients are summed together
+    for name, other in tied.items():
+        _put(model, name, model.get_parameter(other))
+    regions = {name.rpartition(".")[0] for name in styles if isinstance(model.get_submodule(name), nn.Linear)} - {""}
+    for name in regions:  # one door for q, k and v, so that their gradients are summed together
         model.get_submodule(name).register_forward_pre_hook(lambda module, args: (_enter(args[0], mesh, stream), *args[1:]))
     if sequence_parallel and model.positions is not None:
         model.positions.register_forward_pre_hook(lambda module, args: (args[0].chunk(ranks, 1)[rank],))
     for name, parameter in model.named_parameters():
-        inside = any(name.startswith(f"{region}.") for region in regions - {""})
+        inside = any(name.startswith(f"{region}.") for region in regions)
         if not isinstance(parameter, DTensor) and (inside or sequence_parallel):  # whole, but each rank sees other heads or tokens
             sum_gradient(parameter, group)
-    for name, (how, pieces, _) in table.items():
+    for name, (_, pieces, _) in table.items():
         if isinstance(getattr(model, name, None), slice):
             setattr(model, name, slice(*_chunks(pieces, ranks)[rank]))
-    return _localise(model, same)
+    return model
+
+
+def place(model: nn.Module) -> Placed:
+    """Replace a model's DTensors by parameters of their local parts; model.parts then says where each lies in the whole one."""
+    model.parts, specs, local = {}, {}, {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if not isinstance(parameter, DTensor):
+            continue
+        (placement,), mesh, shape = parameter.placements, parameter.device_mesh, parameter.shape
+        if placement.is_shard():
+            spans = _chunks(shape[placement.dim], mesh.size())
+            model.parts[name] = Part("rows" if placement.dim else "columns", placement.dim, shape[placement.dim], spans)
+        if parameter not in local:
+            specs[name] = dict(device_mesh=mesh, placements=parameter.placements, shape=shape, stride=parameter.stride())
+            mine = parameter.to_local().detach().clone()  # a copy, so that the whole one's memory is given back
+            local[parameter] = nn.Parameter(mine, requires_grad=parameter.requires_grad)
+        _put(model, name, local[parameter])
+    return Placed(model, specs)
 
 
 def parallel_styles(model: nn.Module, table: Table, ranks: int, stream: Shard | Replicate) -> dict[str, ParallelStyle]:
@@ -174,22 +194,6 @@ def _chunks(size: int, ranks: int) -> tuple[tuple[int, int], ...]:
     return tuple((min(rank * most, size), min((rank + 1) * most, size)) for rank in range(ranks))
 
 
-def _localise(model: nn.Module, same: dict[str, str]) -> Placed:
-    """Replace the DTensors by parameters of their local parts, and tie again what was tied."""
-    model.parts, specs = {}, {}
-    for name, parameter in list(model.named_parameters()):
-        if name in same or not isinstance(parameter, DTensor):
-            continue
-        (placement,), mesh = parameter.placements, parameter.device_mesh
-        specs[name] = dict(device_mesh=mesh, placements=parameter.placements, shape=parameter.shape, stride=parameter.stride())
-        if placement.is_shard():
-            size = parameter.shape[placement.dim]
-            model.parts[name] = Part("rows" if placement.dim else "columns", placement.dim, size, _chunks(size, mesh.size()))
-        mine = parameter.to_local().detach().clone()  # a copy, so that the whole one's memory is given back
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(mine, requires_grad=parameter.requires_grad))
-    for name, first in same.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
-        model.parts |= {name: model.parts[first]} if first in model.parts else {}
-    return Placed(model, specs)
+def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, parameter)

@@ -246,7 +246,8 @@ def all_reduces_of_the_engine(me, config, parallel):
 def test_every_all_reduce_of_the_engines_step_is_foreseen(degrees):
     """On 2, 4 and 8 ranks, in bytes and in messages' bytes on the wire."""
     parallel, config = ParallelConfig(**degrees, bucket_mb=0.02), replace(llama3, **SMALL, kv_heads=2)
-    for rank, (counted, sizes, sent) in enumerate(launch(all_reduces_of_the_engine, parallel.world_size, config, parallel)):
+    for rank, (counted, sizes, sent) in enumerate(launch(all_reduces_of_the_engine, parallel.world_size, config, parallel,
+                                                          backend="gloo")):
         data = data_parallel_all_reduces(sizes, bucket_bytes=int(0.02 * 2 ** 20))
         assert len(data) > 4 and sum(data) == 4 * sum(sizes) + 12
         tensor = tensor_parallel_all_reduces(config, 2 * 4 // parallel.dp * 8, 4) if parallel.tp > 1 else []

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from commands import TRAIN, ended, start
 from ranks import functions_travel_by_value  # noqa: F401  a fixture
 from runs import PLAN, TINY, run_losses, small_data, trainer
 from safetensors.torch import load_file
-from steps import like_one_process, resumed, share, trained
+from steps import like_one_process, resumed, share, take_step, trained
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from minillm.config import ParallelConfig
@@ -19,6 +21,7 @@ from minillm.data.prepare import open_prepared
 from minillm.engine import Engine
 from minillm.model import families
 from minillm.parallel.launch import launch
+from minillm.plan.network import tensor_parallel_all_reduces
 from minillm.torch_engine import TorchEngine, build_engine
 
 # 301 tokens and 42 hidden units divide by none of 2 and 4 ranks evenly (42 by 2).
@@ -53,12 +56,21 @@ def all_trained(me, cases):
     return [trained(model, plan, layout(degrees)) for degrees, model, plan in cases]
 
 
+def all_reduces(engine):
+    """How many DTensor and the loss make in one forward and backward, and whether anything else is sent."""
+    with warnings.catch_warnings(action="ignore"), CommDebugMode() as calls:  # its hooks find modules without gradients
+        engine.forward_backward(share(engine, 0))
+    counts = {str(name): count for name, count in calls.get_comm_counts().items()}
+    return counts.pop("c10d_functional.all_reduce"), counts
+
+
 def everything(me, cases, dense):
     found = {"runs": all_trained(me, cases)}
     if me.size == 4:
         return found | {"resumed": [resumed(LLAMA, BASE, dense, layout(dict(dp=2, tp=2)))]}
     dp, tp = layout(dict(dp=2)), layout(dict(tp=2))
-    return found | {"resumed": [resumed(LLAMA, BASE, dense, parallel) for parallel in (dp, tp)],
+    return found | {"calls": [all_reduces(build_engine(model, BASE, tp)) for model in (GPT2, LLAMA)],
+                    "resumed": [resumed(LLAMA, BASE, dense, parallel) for parallel in (dp, tp)],
                     "overflow": [overflow_on_one_rank(me, parallel) for parallel in (dp, tp)],
                     "narrow": {name: trained(LLAMA, replace(BASE, precision=name), parallel, wide=False)["losses"]
                                for name, parallel in (("fp16", dp), ("bf16", tp))}}
@@ -89,6 +101,12 @@ def test_a_rank_holds_its_part(results):
         held = [rank["runs"][number]["held"] for rank in results[ranks]]
         # norms, learned positions and biases behind rows are whole on each rank; the last rank's chunks may be smaller
         assert max(held) == whole if tp == 1 else max(held) < 1.2 * whole / tp and sum(held) > whole
+
+
+def test_dtensor_makes_the_all_reduces_that_are_foreseen_for_ours(results):
+    """Two a block forward, two backward, one for the embedding, one for the head, three for the loss."""
+    for rank in results[2]:
+        assert rank["calls"] == [(len(tensor_parallel_all_reduces(model, tokens=8 * 32)), {}) for model in (GPT2, LLAMA)]
 
 
 def test_16_bits_and_skipped_steps(results):
@@ -190,6 +208,17 @@ def test_every_family_that_torch_can_split(degrees, monkeypatch):
     for rank in launch(all_trained, 2, cases, backend="gloo"):
         for ours, alone in zip(rank, wanted, strict=True):
             like_one_process(ours, alone)
+
+
+def compiled_and_not(me):
+    engines = [build_engine(GPT2, replace(BASE, compile=flag), layout(dict(dp=2))) for flag in (True, False)]
+    return [[take_step(engine, step)[0] for step in range(3)] for engine in engines]
+
+
+@pytest.mark.slow
+def test_ddp_compiles():
+    for compiled, eager in launch(compiled_and_not, 2, backend="gloo"):
+        assert compiled == pytest.approx(eager, rel=1e-5)  # float32: fused operations round elsewhere
 
 
 @pytest.mark.slow

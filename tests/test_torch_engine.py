@@ -12,7 +12,7 @@ from commands import TRAIN, ended, start
 from ranks import functions_travel_by_value  # noqa: F401  a fixture
 from runs import PLAN, TINY, run_losses, small_data, trainer
 from safetensors.torch import load_file
-from steps import like_one_process, resumed, share, take_step, trained
+from steps import like_one_process, resumed, share, trained
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
@@ -210,23 +210,13 @@ def test_every_family_that_torch_can_split(degrees, monkeypatch):
             like_one_process(ours, alone)
 
 
-def compiled_and_not(me):
-    engines = [build_engine(GPT2, replace(BASE, compile=flag), layout(dict(dp=2))) for flag in (True, False)]
-    return [[take_step(engine, step)[0] for step in range(3)] for engine in engines]
-
-
 @pytest.mark.slow
-def test_ddp_compiles():
-    for compiled, eager in launch(compiled_and_not, 2, backend="gloo"):
-        assert compiled == pytest.approx(eager, rel=1e-5)  # float32: fused operations round elsewhere
-
-
-@pytest.mark.slow
-def test_torchrun_with_the_short_option(tmp_path):
+@pytest.mark.parametrize("words", [["--engine", "torch", "--parallel.tp", "2"], ["--parallel.engine", "torch", "--parallel.dp", "2", "--train.compile"]])
+def test_under_torchrun(tmp_path, words):
     code, _, err = ended(start(*TRAIN, "--out", tmp_path / "alone"))
     assert code == 0, err
-    code, said, err = ended(start(*TRAIN, "--out", tmp_path / "two", "--engine", "torch", "--parallel.tp", "2", ranks=2))
+    code, said, err = ended(start(*TRAIN, "--out", tmp_path / "two", *words, ranks=2))
     assert code == 0 and "on cpu, 2 ranks" in said, err
-    # float32: sums in another order
+    # float32: sums in another order, and compiled operations round elsewhere
     assert run_losses(tmp_path / "two") == pytest.approx(run_losses(tmp_path / "alone"), rel=1e-4)
     assert '"engine": "torch"' in (tmp_path / "two" / "step-000006" / "trainer.json").read_text()

@@ -43,6 +43,17 @@ def freeze(model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
+def begin(model: nn.Module, method: str, **settings) -> None:
+    """Freeze the base, and note which method is added to it, so that it can be saved. (LoRA notes its own, layer by layer.)
+
+    Raises: ValueError when one of these methods is there already.
+    """
+    if before := getattr(model, "adapter_settings", None):
+        raise ValueError(f"this model has a {before['method']} already, and {method} cannot be added to it. Load the base again.")
+    freeze(model)
+    model.adapter_settings = {"method": method, **settings}
+
+
 def train_all(model: nn.Module) -> None:
     """Full fine-tuning: train all of the base."""
     for parameter in base_parameters(model).values():

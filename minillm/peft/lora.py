@@ -95,23 +95,29 @@ def add_lora(model: nn.Module, config: LoraConfig = LoraConfig(), name: str = "d
     Raises: ValueError for targets that match nothing, a rank above a matrix's, or a name that is taken.
     """
     layers = matching_layers(model, config.targets)
-    if name in adapter_names(model):
-        raise ValueError(f"an adapter called {name!r} is there already. Give another name, or use_lora(model, {name!r}).")
     for layer, module in layers.items():
         if config.rank > min(_shape(module)):
             raise ValueError(f"rank = {config.rank} is above what {layer} of {_shape(module)} can have: at most "
                              f"{min(_shape(module))}, and far less saves anything.")
+    attach_lora(model, dict.fromkeys(layers, config), name, seed=seed)
+    return list(lora_layers(model, name))
+
+
+def attach_lora(model: nn.Module, layers: dict[str, LoraConfig], name: str, *, seed: int = 0) -> None:
+    """As `add_lora`, with a configuration for each layer by its full name."""
+    if name in adapter_names(model):
+        raise ValueError(f"an adapter called {name!r} is there already. Give another name, or use_lora(model, {name!r}).")
     freeze(model)
     generator = torch.Generator().manual_seed(seed)
     tied = getattr(getattr(model, "config", None), "tied", False)
-    for module in layers.values():
+    for layer, config in layers.items():
+        module = model.get_submodule(layer)
         both = (model.embed, model.head) if tied and (module is model.embed or module is model.head) else (module,)
         lora = _lora_of(both)
         if name not in lora:
             like = next(t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point())
             lora[name] = LowRank(*_shape(module), config, like, generator)
     use_lora(model, name)
-    return list(lora_layers(model, name))
 
 
 def use_lora(model: nn.Module, *names: str) -> None:

@@ -62,7 +62,11 @@ class Engine:
         if parallel.world_size > 1:
             self._join(mesh)
         self.masters = MasterWeights(self.model, DTYPES[train.precision]) if train.master_weights else None
-        self.weights: dict[str, Tensor] = dict((self.masters or self.model).named_parameters())
+        named = dict((self.masters or self.model).named_parameters())
+        self.weights: dict[str, Tensor] = {name: weight for name, weight in named.items() if weight.requires_grad}
+        self.partial = any(not weight.requires_grad for weight in self.model.parameters())  # a part of it is frozen
+        if self.partial and parallel.tp > 1:
+            raise ValueError(f"tp = {parallel.tp} with frozen weights: what was added to a matrix is not cut with it. Use tp = 1.")
         self.replicas = self._replicate() if self.group else None
         self.optimizer = build_optimizer(self.weights.items(), train)
         self.scaler = None
@@ -222,7 +226,8 @@ class Engine:
             tensors["rng_cuda"] = torch.cuda.get_rng_state(self.device)
         if self.scaler:
             tensors |= {"loss_scale": torch.tensor(self.scaler.scale), "good_steps": torch.tensor(self.scaler.good_steps)}
-        slots: dict[str, dict[str, Tensor]] = {"master": dict(self.weights)} if self.masters else {}
+        # A checkpoint beside a frozen base has its adapter in another form, or in none.
+        slots: dict[str, dict[str, Tensor]] = {"master": dict(self.weights)} if self.masters or self.partial else {}
         for name, weight in self.weights.items():
             for slot, value in self.optimizer.state[weight].items():
                 slots.setdefault(slot, {})[name] = value
@@ -248,11 +253,14 @@ class Engine:
                 if self.tensor_group and slot != "step":
                     value = part_of(self.model, self.tensor_group, {name: value})[name]
                 saved[name][slot] = value.to(self.device, copy=True)  # else the next step would change the caller's tensors
-        if self.masters:
+        if self.masters or self.partial:
             for name, weight in self.weights.items():
-                if "master" not in saved[name]:
-                    raise CheckpointError(f"the checkpoint has no master weights for {name}: it was trained without them.")
+                if "master" not in saved[name] or saved[name]["master"].shape != weight.shape:
+                    raise CheckpointError(f"the checkpoint has no weights like {name} of {tuple(weight.shape)} beside the model's: "
+                                          f"it was trained without them, or with another adapter.")
                 weight.copy_(saved[name].pop("master"))
+        if self.masters:
+            self.masters.write_back()
         # a scaler may have skipped every step so far, and then there is no state yet
         begun = any(saved.values()) or (self.steps_done and not self.scaler)
         for name, weight in self.weights.items():

@@ -255,10 +255,14 @@ class Engine:
                 saved[name][slot] = value.to(self.device, copy=True)  # else the next step would change the caller's tensors
         if self.masters or self.partial:
             for name, weight in self.weights.items():
-                if "master" not in saved[name] or saved[name]["master"].shape != weight.shape:
-                    raise CheckpointError(f"the checkpoint has no weights like {name} of {tuple(weight.shape)} beside the model's: "
-                                          f"it was trained without them, or with another adapter.")
-                weight.copy_(saved[name].pop("master"))
+                held = saved[name].pop("master", None)
+                if held is None:
+                    raise CheckpointError(f"the checkpoint has no {'master ' if self.masters else ''}weights for {name}: it was trained "
+                                          f"without them.")
+                if held.shape != weight.shape:
+                    raise CheckpointError(f"{name} is {tuple(held.shape)} in the checkpoint and {tuple(weight.shape)} here: it was "
+                                          f"trained with another adapter.")
+                weight.copy_(held)
         if self.masters:
             self.masters.write_back()
         # a scaler may have skipped every step so far, and then there is no state yet

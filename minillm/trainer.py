@@ -20,7 +20,7 @@ from minillm.config import ParallelConfig, TrainConfig
 from minillm.data.loader import Loader, evaluation_batches
 from minillm.data.shards import TokenShards
 from minillm.engine import Engine
-from minillm.model.huggingface import CheckpointError, load_pretrained, save_pretrained
+from minillm.model.huggingface import CheckpointError, load_pretrained
 from minillm.model.flops import training_flops_per_token
 from minillm.model.transformer import Transformer
 from minillm.progress import bar, say
@@ -44,13 +44,13 @@ class Trainer:
     at: functions of the whole model to call after certain steps (0 is before the first), which return values for the
     metrics file.
     peak: floating-point operations a second that a rank's device could do; then the model's share of them (MFU) is told, too.
-    save_model: writes the model's part of a checkpoint, or only an adapter's.
+    save_model: writes an adapter's files to a checkpoint, instead of the whole model.
     """
 
     def __init__(self, engine: Engine, loader: Loader, validation: TokenShards, run: str | Path, *,
                  tokenizer=None, tensorboard: bool = False,
                  at: dict[int, Callable[[Transformer], dict]] | None = None, peak: float | None = None,
-                 save_model: Callable[[Transformer, Path], None] = save_pretrained):
+                 save_model: Callable[[Transformer, Path], None] | None = None):
         self.engine, self.loader, self.validation, self.run = engine, loader, validation, Path(run)
         self.config: TrainConfig = engine.config
         self.tokenizer, self.tensorboard, self.at = tokenizer, tensorboard, at or {}

@@ -81,7 +81,7 @@ def _run(request: Finetune, group) -> int:
     from minillm.course.first_run import place_to_begin
     from minillm.data.loader import Loader
     from minillm.data.prepare import open_prepared, prepare
-    from minillm.model.huggingface import load_pretrained, save_pretrained
+    from minillm.model.huggingface import load_pretrained
     from minillm.parallel.agreement import on_first
     from minillm.peft.freeze import count_trained
     from minillm.peft.saving import save_adapter
@@ -101,7 +101,7 @@ def _run(request: Finetune, group) -> int:
     loader = Loader(data.train, request.train.batch_size, context, seed=request.train.seed, rank=engine.rank, ranks=engine.ranks)
     whole = request.method in ("bitfit", "full")
     trainer = Trainer(engine, loader, data.val, request.out, tokenizer=tokenizer,
-                      save_model=save_pretrained if whole else partial(save_adapter, base=base.resolve()))
+                      save_model=None if whole else partial(save_adapter, base=base.resolve()))
     say(f"{request.out}: {request.method} on {base} trains {size.trained:,} of {size.total:,} parameters ({size.share:.2%}), "
         f"{request.train.steps:,} steps of {request.train.batch_size * context:,} tokens on {engine.device}"
         + (f", {engine.world} ranks" if engine.world > 1 else "") + (f", going on from {resume.name}" if resume else ""))

@@ -15,7 +15,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Form = Literal["int8", "int4", "nf4"]
 SCALES_GROUP = 256
 """Scales of groups that share one scale of their own."""
 
@@ -32,7 +31,7 @@ def normal_float4() -> Float[Tensor, "16"]:
     return values / values.abs().max()
 
 
-def codebook(form: Form) -> Float[Tensor, "codes"]:
+def codebook(form: str) -> Float[Tensor, "codes"]:
     """The values that a format can say, from -1 to 1 in rising order.  Raises: ValueError for an unknown format."""
     steps = {"int8": 127, "int4": 7}
     if form not in (*steps, "nf4"):
@@ -47,7 +46,7 @@ class Packed(NamedTuple):
     codes: UInt8[Tensor, "bytes"]
     scales: "Tensor | Packed"
     mean: Float[Tensor, ""]
-    form: Form
+    form: str
     shape: tuple[int, ...]
     group: int
     """Numbers that share a scale."""
@@ -59,7 +58,7 @@ class Packed(NamedTuple):
         return self.codes.numel() + (self.scales.bytes if double else self.scales.numel() * self.scales.element_size())
 
 
-def quantize(weight: Float[Tensor, "*shape"], form: Form = "nf4", *, group: int | Literal["tensor", "row"] = 64,
+def quantize(weight: Float[Tensor, "*shape"], form: str = "nf4", *, group: int | Literal["tensor", "row"] = 64,
              double: bool = False) -> Packed:
     """Round each number to the nearest of its group's codebook.
 
@@ -111,7 +110,7 @@ class _Linear(torch.autograd.Function):
 class QuantizedLinear(nn.Module):
     """A frozen linear layer whose weight is packed. Shapes: (..., in) -> (..., out)."""
 
-    def __init__(self, linear: nn.Linear, form: Form = "nf4", *, group: int | Literal["tensor", "row"] = 64, double: bool = False):
+    def __init__(self, linear: nn.Linear, form: str = "nf4", *, group: int | Literal["tensor", "row"] = 64, double: bool = False):
         super().__init__()
         self.in_features, self.out_features, self.form = linear.in_features, linear.out_features, form
         packed = quantize(linear.weight, form, group=group, double=double)
@@ -139,7 +138,7 @@ class QuantizedLinear(nn.Module):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
-def quantize_linears(model: nn.Module, form: Form = "nf4", *, group: int | Literal["tensor", "row"] = 64, double: bool = True,
+def quantize_linears(model: nn.Module, form: str = "nf4", *, group: int | Literal["tensor", "row"] = 64, double: bool = True,
                      skip: tuple[str, ...] = ("head", "router")) -> int:
     """Pack the weight of every linear layer of a model in place, but for names that end in `skip`. Returns how many.
 

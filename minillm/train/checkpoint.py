@@ -41,8 +41,8 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, model: Transformer, tensors: dict[str, Tensor], notes: dict,
                     save_tokenizer: Callable[[Path], None] | None = None,
-                    save_model: Callable[[Transformer, Path], None] = save_pretrained) -> None:
-    """Write a whole checkpoint or nothing. save_model: writes the model's files, or an adapter's.
+                    save_model: Callable[[Transformer, Path], None] | None = None) -> None:
+    """Write a whole checkpoint or nothing. save_model: writes an adapter's files instead of the model's.
 
     Raises: CheckpointError when the disk is full; the message names the last whole checkpoint.
     """
@@ -51,7 +51,7 @@ def save_checkpoint(folder: Path, model: Transformer, tensors: dict[str, Tensor]
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_model(model, temporary)
+        (save_model or save_pretrained)(model, temporary)
         save_tensors(temporary / "optimizer.safetensors", tensors)
         write_atomically(temporary / "trainer.json", json.dumps(notes, indent=1))
         if save_tokenizer:

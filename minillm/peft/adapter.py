@@ -40,7 +40,7 @@ def add_adapters(model: nn.Module, size: int = 16, *, parallel: bool = False, sc
     """
     if size < 1 or not parts or set(parts) - {"attention", "ffn"}:
         raise ValueError(f"size = {size}, parts = {parts}: a size of at least 1 is needed, in \"attention\", \"ffn\" or both.")
-    begin(model, "bottleneck", size=size, parallel=parallel, scale=scale, parts=list(parts))
+    begin(model, "bottleneck", size=size, parallel=parallel, scale=scale, parts=parts)
     generator = torch.Generator().manual_seed(seed)
     for block in model.blocks:
         for part in parts:

@@ -30,7 +30,7 @@ class LoraConfig:
     """r, the inner size of the product."""
     alpha: float = 16.0
     """The product is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ("q", "v")
+    targets: tuple[str, ...] | str = ("q", "v")
     """Which layers: the end of a name (q, attention.q, blocks.3.ffn.up, head, embed) or a pattern (*.ffn.*)."""
     dropout: float = 0.0
     """Of what goes into the product, in training."""
@@ -43,8 +43,8 @@ class LoraConfig:
             raise ValueError(f"rank = {self.rank}, alpha = {self.alpha}: both must be above 0.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: must be at least 0 and below 1.")
-        if isinstance(self.targets, str) or not self.targets:
-            raise ValueError(f"targets = {self.targets!r}: a tuple of names is needed, such as (\"q\", \"v\").")
+        if not self.targets:
+            raise ValueError(f"targets = {self.targets!r}: names are needed, such as (\"q\", \"v\").")
 
     @property
     def scale(self) -> float:
@@ -116,7 +116,7 @@ def attach_lora(model: nn.Module, layers: dict[str, LoraConfig], name: str, *, s
         lora = _lora_of(both)
         if name not in lora:
             like = next(t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point())
-            lora[name] = LowRank(*_shape(module), config, like, generator)
+            lora[name] = LowRank(*_shape(module), config, like, generator).train(module.training)
     use_lora(model, name)
 
 
@@ -168,14 +168,14 @@ def lora_layers(model: nn.Module, name: str | None = None) -> dict[str, nn.Modul
             and (name is None or name in module.lora)}
 
 
-def matching_layers(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
+def matching_layers(model: nn.Module, targets: tuple[str, ...] | str) -> dict[str, nn.Module]:
     """Linear layers and embeddings by name: each target must be the end of a name, or a pattern for it.
 
     Raises: ValueError for a target that matches nothing, with the nearest names.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (*LINEAR, nn.Embedding))}
     found = {}
-    for target in targets:
+    for target in (targets,) if isinstance(targets, str) else targets:
         matched = {name: module for name, module in layers.items() if fnmatch(name, target) or fnmatch(name, f"*.{target}")}
         if not matched:
             parts = [part.split(".") for part in layers]

@@ -6,8 +6,6 @@ cache's door: a cache that already holds P tokens is what the model is given. So
 Left out: training through a small network that is dropped afterwards (their §4.3); text before the prefix.
 """
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ class PrefixCache:
     before: for each layer a pair (keys, values), each (G, P, D), or (B, G, P, D).
     """
 
-    def __init__(self, before: Sequence, inner=None):
+    def __init__(self, before, inner=None):
         self.before, self.inner = before, inner
         self.length = before[0][0].shape[-2] + (inner.length if inner is not None else 0)
 

@@ -81,7 +81,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
             return _virtual_in(model, kind, tensors["prompt_embeddings"])
         if kind in (f"minillm {method}" for method in OWN):
-            settings = dict(about["settings"])
+            settings = {key: tuple(value) if isinstance(value, list) else value for key, value in about["settings"].items()}
             OWN[settings.pop("method")](model, **settings)
             for name in _added(model):
                 _fill(model.get_parameter(name), tensors[name], name)

@@ -53,6 +53,8 @@ class Pipeline:
     stages: this rank's, called as stage(x, microbatch): x is what the stage before made, None on the first. The i-th is
     number i · P + rank.   loss: what the last stage makes of its output and the microbatch, a scalar, the sum over its targets.
     A microbatch is anything; all ranks are given the same ones, and of each a stage's outputs must have the same shape.
+    With backward_input, weights belong to modules that return one tensor; where one weight is used twice in a stage (one that has
+    both the embedding and the head that is tied to it), backward_weight repeats what backward_input did.
     context: what the stages' forwards run under, such as autocast; the loss does not.
     trace: a list that gets a `Timed` for every action; may be set at any time. For ranks on CPUs: a GPU's work ends later.
     stash: whether an asynchronous schedule keeps a copy of the weights for every microbatch on its way. Without, backward mixes
@@ -158,6 +160,9 @@ class Pipeline:
             shape = "nothing" if given is None else f"{str(given.dtype).removeprefix('torch.')} {list(given.shape)} by stage {action.stage - 1}"
             error.add_note(f"In the {action} (rank {self.rank} of the pipeline), which was given {shape}.")
             raise
+        used = {id(parameter): parameter for _, own in self._edges for parameter in own}
+        if len(used) < sum(len(own) for _, own in self._edges):  # one used twice would be counted twice: take the stage as one module
+            self._edges = [(get_gradient_edge(out), list(used.values()))]
         return Kept(given, out, weights, self._edges)
 
     def _backward(self, action: Action, grad: Tensor | None, microbatch, scale) -> Tensor | None:
@@ -199,17 +204,13 @@ class Pipeline:
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
-        """Note where the output of each module with parameters of its own leaves it: there its weights' gradients begin.
-
-        A parameter that two modules share would be counted twice; then backward_input does the whole backward.
-        """
+        """Note where the output of each module with parameters of its own leaves it: there its weights' gradients begin."""
         modules = {id(module): module for chunk in self.chunks for module in chunk.modules()}.values()
         owned = [(module, [p for p in module.parameters(recurse=False) if p.requires_grad]) for module in modules]
-        several = max(Counter(id(p) for _, own in owned for p in own).values(), default=0) > 1
 
         def note(own: list[Tensor]) -> Callable:
             return lambda module, args, out: self._edges.append((get_gradient_edge(out), own)) if out.requires_grad else None
-        handles = [module.register_forward_hook(note(own)) for module, own in owned if own and not several]
+        handles = [module.register_forward_hook(note(own)) for module, own in owned if own]
         try:
             yield
         finally:

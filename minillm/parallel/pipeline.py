@@ -108,7 +108,7 @@ class Pipeline:
         for what, given in (("stage", self.stages), ("microbatch", microbatches)):
             planned = 1 + max((getattr(action, what) for actions in schedule for action in actions), default=-1)
             if planned != given:
-                raise ValueError(f"the schedule is for {planned} of what it counts as {what}, and the pipeline was given {given}.")
+                raise ValueError(f"the schedule is for {planned} {what}s, and the pipeline was given {given}.")
         check_schedule(schedule, self.stages, microbatches)
         self._checked = [list(actions) for actions in schedule], microbatches, in_order(schedule, self.stages)
 

@@ -105,10 +105,10 @@ class Pipeline:
         """Check a schedule, once."""
         if len(schedule) != self.ranks:
             raise ValueError(f"the schedule is for {len(schedule)} ranks, and the pipeline has {self.ranks}.")
-        for what, given in (("stage", self.stages), ("microbatch", microbatches)):
-            planned = 1 + max((getattr(action, what) for actions in schedule for action in actions), default=-1)
+        for which, what, given in ((1, "stages", self.stages), (2, "microbatches", microbatches)):
+            planned = 1 + max((action[which] for actions in schedule for action in actions), default=-1)
             if planned != given:
-                raise ValueError(f"the schedule is for {planned} {what}s, and the pipeline was given {given}.")
+                raise ValueError(f"the schedule is for {planned} {what}, and the pipeline was given {given}.")
         check_schedule(schedule, self.stages, microbatches)
         self._checked = [list(actions) for actions in schedule], microbatches, in_order(schedule, self.stages)
 

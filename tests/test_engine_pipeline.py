@@ -22,7 +22,7 @@ from runs import PLAN, TINY, small_data, trainer
 MODEL = replace(TINY, layers=4, heads=4, kv_heads=2)
 BASE = replace(PLAN, batch_size=8, microbatch_size=2, lr=1e-2, clip_norm=0.1)
 PLANS = {"plain": BASE, "z-loss, by hand": replace(BASE, z_loss=1e-2, clip_norm=0.0, microbatch_size=1, optimizer="by_hand")}
-STEPS = {"plain": 10, "z-loss, by hand": 3}
+STEPS = {"plain": 4, "z-loss, by hand": 2}  # ten of every schedule: tests/parallel/test_pipeline.py
 NARROW = {"bf16": replace(BASE, precision="bf16"), "fp16 + masters": replace(BASE, precision="fp16", master_weights=True)}
 LAYOUTS = {2: [dict(pp=2), dict(pp=2, schedule="zero_bubble"), dict(pp=2, schedule="interleaved", chunks=2)],
            4: [dict(dp=2, pp=2, schedule="zero_bubble"), dict(tp=2, pp=2, sequence_parallel=True), dict(pp=4, schedule="gpipe")],
@@ -42,18 +42,19 @@ def dense_of(engine, tensors):
     return {name: tensor.detach().clone() for name, tensor in engine._gather(tensors).items()}
 
 
-def take_step(engine, step):
-    loss = float(engine.forward_backward(share(engine, step)))
-    gradients = dense_of(engine, {name: weight.grad for name, weight in engine.weights.items()})
-    norm = float(engine.clip(engine.config.clip_norm))
-    engine.step()
-    return loss, norm, gradients
+def stepped(engine, steps):
+    """(loss, norm, gradients) of each step."""
+    for step in steps:
+        loss = float(engine.forward_backward(share(engine, step)))
+        gradients = dense_of(engine, {name: weight.grad for name, weight in engine.weights.items()})
+        yield loss, float(engine.clip(engine.config.clip_norm)), gradients
+        engine.step()
 
 
 def trained(plan, parallel=ParallelConfig(), wide=True, steps=10):
     """Everything that can be seen of some steps. wide: in float64."""
     engine = Engine(Transformer(MODEL, seed=3).double() if wide else MODEL, plan, parallel)
-    losses, norms, gradients = zip(*(take_step(engine, step) for step in range(steps)), strict=True)
+    losses, norms, gradients = zip(*stepped(engine, range(steps)), strict=True)
     return {"losses": losses, "norms": norms, "gradients": gradients[0], "last": gradients[-1],
             "weights": dense_of(engine, engine.weights), "state": engine.state_dict(),
             "evaluation": [engine.evaluate(share(engine, 100, rows)) for rows in (1, 8)],  # of 1 row, one data rank has none
@@ -84,7 +85,7 @@ def resumed(source, parallel=ParallelConfig()):
     engine = Engine(Transformer(MODEL, seed=9).double(), BASE, parallel)
     engine.load_weights(source["model"])
     engine.load_state_dict(source["state"])
-    return engine.steps_done, [take_step(engine, step)[0] for step in (11, 12)]
+    return engine.steps_done, [loss for loss, _, _ in stepped(engine, (11, 12))]
 
 
 def everything(me, layouts, dense):
@@ -110,7 +111,7 @@ def results(request, dense):
     return list(zip(found[0], found[-1]))
 
 
-def test_ten_steps_are_those_of_one_process(results, dense):
+def test_steps_are_those_of_one_process(results, dense):
     for name, wanted in dense.items():
         for ours in (rank["runs"][name] for ranks in results for rank in ranks):
             # the loss that is returned is added up in float32, all else in float64: only the order of summation differs
@@ -121,7 +122,7 @@ def test_ten_steps_are_those_of_one_process(results, dense):
                 assert ours[part].keys() == wanted[part].keys() and len(ours[part]) > 5
                 for key, expected in wanted[part].items():
                     if key != "rng":  # nobody draws from it, and each process began with its own
-                        torch.testing.assert_close(ours[part][key], expected, rtol=1e-7, atol=1e-10)
+                        torch.testing.assert_close(ours[part][key], expected, rtol=1e-8, atol=1e-10)
 
 
 def test_what_two_batches_add_up_to(results):
@@ -150,7 +151,7 @@ def test_a_rank_holds_its_layers_and_a_state_goes_on_in_every_layout(results, de
     for rank in (rank for ranks in results for rank in ranks):
         assert rank["runs"]["plain"]["held"] < 0.9 * whole  # the embedding is on two stages
         # float64; the loss that is returned is added up in float32
-        assert rank["resumed"][0] == 10 and rank["resumed"][1] == pytest.approx(wanted[1], rel=1e-6)
+        assert rank["resumed"][0] == 4 and rank["resumed"][1] == pytest.approx(wanted[1], rel=1e-6)
         assert resumed(rank["runs"]["plain"])[1] == pytest.approx(wanted[1], rel=1e-6)
 
 

@@ -39,12 +39,9 @@ class Kept:
 
     given: Tensor | None
     out: Tensor
-    weights: dict[str, Tensor] | None = None
-    """The version that the forward used, when updates come in between."""
-    edges: list[tuple[GradientEdge, list[Tensor]]] = field(default_factory=list)
-    """Where each module's output left it, and the module's own parameters."""
-    owed: list[tuple[GradientEdge, list[Tensor], Tensor]] = field(default_factory=list)
-    """The same with the output's gradient: what is left to do for the weights."""
+    weights: dict[str, Tensor] | None  # the version that the forward used, when updates come in between
+    edges: list[tuple[GradientEdge, list[Tensor]]]  # where each module's output left it, and the module's own parameters
+    owed: list[tuple[GradientEdge, list[Tensor], Tensor]] = field(default_factory=list)  # with the gradient: left for the weights
 
 
 class Pipeline:
@@ -134,7 +131,7 @@ class Pipeline:
             if self.trace is not None:
                 self.trace.append(Timed(action, begun, time.perf_counter()))
             mail.send(action, result)
-        mail.close()
+        mail.settle(len(ordered))
         return [losses[m] for m in sorted(losses)]
 
     def _forward(self, action: Action, given: Tensor | None, microbatch, stale: bool) -> Tensor:
@@ -182,11 +179,14 @@ class Pipeline:
             wanted = [edge for edge, _ in kept.edges] + ([] if kept.given is None else [kept.given])
             found = torch.autograd.grad(kept.out, wanted, grad, retain_graph=True, allow_unused=True)
             kept.owed = [(edge, own, owed) for (edge, own), owed in zip(kept.edges, found) if owed is not None]
-            return None if kept.given is None else _needed(found[-1], action)
-        torch.autograd.backward(kept.out, grad)
-        if kept.weights:
-            self._collect(action.stage, kept.weights)
-        return None if kept.given is None else _needed(kept.given.grad, action)
+            back = found[-1]
+        else:
+            torch.autograd.backward(kept.out, grad)
+            self._collect(action.stage, kept.weights or {})
+            back = None if kept.given is None else kept.given.grad
+        if kept.given is not None and back is None:
+            raise ValueError(f"the {action} gave no gradient for stage {action.stage - 1}: stage {action.stage} made nothing of its stream.")
+        return None if kept.given is None else back
 
     def _version(self, stage: int) -> dict[str, Tensor]:
         """The weights as they are now, for the forward of a microbatch whose backward comes after other updates: copies, or,
@@ -198,7 +198,7 @@ class Pipeline:
 
     def _collect(self, stage: int, weights: dict[str, Tensor]) -> None:
         """Hand the gradients of a version over to the stage's parameters."""
-        for name, parameter in self.chunks[stage // self.ranks].named_parameters():
+        for name, parameter in self.chunks[stage // self.ranks].named_parameters() if weights else ():
             got, weights[name].grad = weights[name].grad, None
             parameter.grad = got if parameter.grad is None else parameter.grad + got
 
@@ -240,10 +240,7 @@ class _Mail:
         """What an action at this place needs from elsewhere: a stream, a gradient or nothing."""
         while self.incoming and self.incoming[-1][0] < number:
             self._expect(self.incoming.pop()[1])
-        for needed, work, _ in self.sent:
-            if needed < number:
-                work.wait()
-        self.sent = [message for message in self.sent if message[0] >= number]
+        self.settle(number)
         tensor, work = self.came.pop(parts(action)[0], (None, None))
         if work is not None:
             work.wait()
@@ -268,10 +265,12 @@ class _Mail:
                                  f"{action.microbatch}: all must have one shape. Use microbatches that divide the batch.")
         self._post(to, result.contiguous())
 
-    def close(self) -> None:
-        """Wait until all has left."""
-        for _, work, _ in self.sent:
-            work.wait()
+    def settle(self, number: int) -> None:
+        """Wait until all has left that is needed before a place."""
+        for needed, work, _ in self.sent:
+            if needed < number:
+                work.wait()
+        self.sent = [message for message in self.sent if message[0] >= number]
 
     def _expect(self, to: Action) -> None:
         """Post a receive. A gradient has the shape of what was sent; a stream's is told before its first."""
@@ -291,14 +290,8 @@ class _Mail:
         self.sent.append((self.place[to], work, tensor))
 
     @staticmethod
-    def _to(action: Action) -> Action:
-        """The action on another stage that needs this one's result."""
+    def _to(action: Action) -> Action | None:
+        """The action on another stage that needs this one's result, if there were one."""
         kind = parts(action)[0].kind
         step = {"forward": 1, "backward_input": -1}.get(kind)
-        return Action(kind, -1 if step is None else action.stage + step, action.microbatch)
-
-
-def _needed(grad: Tensor | None, action: Action) -> Tensor:
-    if grad is None:
-        raise ValueError(f"the {action} gave no gradient for stage {action.stage - 1}: stage {action.stage} made nothing of its stream.")
-    return grad
+        return step and Action(kind, action.stage + step, action.microbatch)

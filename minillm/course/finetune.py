@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from minillm.config import ParallelConfig, TrainConfig
@@ -98,6 +99,7 @@ def _run(request: Finetune, group) -> int:
     data = open_prepared(on_first(lambda: prepare(request.out / "data", request.data, tokenizer=tokenizer).folder, group))
     size, context = count_trained(model), request.context or model.config.context
     engine = build_engine(model, request.train, request.parallel)
+    torch.manual_seed(request.train.seed * 1000 + engine.rank)  # dropout: the same at every try, and another on each rank
     loader = Loader(data.train, request.train.batch_size, context, seed=request.train.seed, rank=engine.rank, ranks=engine.ranks)
     whole = request.method in ("bitfit", "full")
     trainer = Trainer(engine, loader, data.val, request.out, tokenizer=tokenizer,

@@ -31,12 +31,15 @@ def normal_float4() -> Float[Tensor, "16"]:
     return values / values.abs().max()
 
 
+CODEBOOKS = {"int8": torch.arange(-127, 128, dtype=torch.float64) / 127, "int4": torch.arange(-7, 8, dtype=torch.float64) / 7,
+             "nf4": normal_float4()}
+
+
 def codebook(form: str) -> Float[Tensor, "codes"]:
     """The values that a format can say, from -1 to 1 in rising order.  Raises: ValueError for an unknown format."""
-    steps = {"int8": 127, "int4": 7}
-    if form not in (*steps, "nf4"):
-        raise ValueError(f"form = {form!r}: choose from int8, int4, nf4.")
-    return normal_float4() if form == "nf4" else torch.arange(-steps[form], steps[form] + 1, dtype=torch.float64) / steps[form]
+    if form not in CODEBOOKS:
+        raise ValueError(f"form = {form!r}: choose from {', '.join(CODEBOOKS)}.")
+    return CODEBOOKS[form]
 
 
 class Packed(NamedTuple):

@@ -45,7 +45,7 @@ class Finetune:
     data: DataConfig = field(default_factory=lambda: DataConfig(source="python-docs", size=1_000_000))
     context: int | None = None
     """Tokens in a training sequence; by default the base's."""
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=200, lr=1e-3, warmup_steps=10))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=200, lr=1e-3, warmup_steps=10, weight_decay=0.0))
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     resume: Path | None = None
     """Go on from this checkpoint, not from the newest."""

@@ -73,14 +73,18 @@ def load_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32,
 def save_pretrained(model: Transformer, folder: str | Path) -> None:
     """Write config.json and model.safetensors, so that `load_pretrained` and Hugging Face's class read them back.
 
-    Each file is written under a temporary name and renamed. Raises: OSError when the disk is full.
+    Each file is written under a temporary name and renamed. Adapters are left out (minillm/peft/saving.py).
+    Raises: OSError when the disk is full; ValueError for quantised weights.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layout = layout_for(model.config)
     tensors = {n: t.detach().to("cpu").contiguous() for n, t in model.state_dict().items()}
-    if model.config.tied:
-        del tensors["head.weight"]
+    wanted = [rule.theirs for rule in _own_rules(model.config)]  # not what adapters have brought
+    if lost := [name for name in wanted if name not in tensors]:
+        raise ValueError(f"{lost[0]} is not there as a matrix. If it is quantised, call dequantize_linears(model) first, or save the "
+                         f"adapter alone.")
+    tensors = {name: tensors[name] for name in wanted}
     if layout:
         tensors = _pack(layout, tensors, model.config)
         about = {"architectures": [layout.architecture], "model_type": layout.model_type,

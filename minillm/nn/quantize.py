@@ -88,11 +88,12 @@ def quantize(weight: Float[Tensor, "*shape"], form: str = "nf4", *, group: int |
 
 def dequantize(packed: Packed) -> Float[Tensor, "*shape"]:
     """The numbers again, in float32."""
-    codes, count = packed.codes, torch.Size(packed.shape).numel()
-    if packed.form != "int8":
-        codes = torch.stack((codes >> 4, codes & 15), -1).flatten()[:count]
+    count, values = torch.Size(packed.shape).numel(), codebook(packed.form).to(packed.codes.device, torch.float32)
+    if packed.form != "int8":  # a byte names a pair
+        sixteen = F.pad(values, (0, 16 - len(values)))
+        values = torch.cartesian_prod(sixteen, sixteen)
+    values = values[packed.codes.int()].flatten()[:count]
     scales = dequantize(packed.scales) + packed.mean if isinstance(packed.scales, Packed) else packed.scales
-    values = codebook(packed.form).to(codes.device, torch.float32)[codes.int()]
     return (values.view(-1, packed.group) * scales.float()[:count // packed.group, None]).view(packed.shape)
 
 

@@ -9,9 +9,10 @@ from small import ids, shake, small
 from small_families import FAMILIES as PUBLISHED
 
 from minillm.model.huggingface import CheckpointError, load_pretrained, save_pretrained
+from minillm.nn.quantize import quantize_linears
 from minillm.peft.adapter import add_adapters
 from minillm.peft.llama_adapter import add_llama_adapter
-from minillm.peft.lora import LoraConfig, add_lora
+from minillm.peft.lora import LoraConfig, add_lora, merge_lora, unmerge_lora
 from minillm.peft.prefix import add_prefix
 from minillm.peft.prompt import add_prompt
 from minillm.peft.saving import load_adapted, load_adapter, save_adapter
@@ -101,6 +102,21 @@ def test_the_files_are_peft_s(tmp_path):
     from safetensors.torch import load_file
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) == 8 and tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (2, 32)
+
+
+@pytest.mark.parametrize("family", ["first", "chatglm-6b"])
+def test_a_merged_model_is_saved_as_any_other(tmp_path, family):
+    model = small(family, width=64, ffn_width=64)
+    add_lora(model)
+    merge_lora(shake(model))
+    save_pretrained(model, tmp_path)
+    # float64: the model that is saved adds nothing to what its weights hold
+    torch.testing.assert_close(load_pretrained(tmp_path, dtype=torch.float64)(ids()), model(ids()), rtol=1e-12, atol=1e-12)
+    unmerge_lora(model)
+    packed = small(family, width=64, ffn_width=64)
+    quantize_linears(packed)
+    with pytest.raises(ValueError, match="attention.q.weight is not there as a matrix. If it is quantised"):
+        save_pretrained(packed, tmp_path)
 
 
 def test_several_are_loaded_side_by_side(tmp_path):

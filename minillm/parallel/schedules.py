@@ -34,6 +34,14 @@ Schedule = list[list[Action]]
 """For each rank, its actions in order."""
 
 
+class Timed(NamedTuple):
+    """From when to when an action ran, without what it waited for: seconds."""
+
+    action: Action
+    start: float
+    end: float
+
+
 def gpipe(stages: int, microbatches: int) -> Schedule:
     """All forwards, then all backwards, the last microbatch first. Source: GPipe, arXiv:1811.06965 §2.3.
 
@@ -130,6 +138,24 @@ def parts(action: Action) -> list[Action]:
     return [action._replace(kind="backward_input"), action._replace(kind="backward_weight")]
 
 
+def in_order(schedule: Schedule, stages: int) -> list[Action]:
+    """All ranks' actions in one order in which they can run: in each round a rank does its next one, if it need not wait.
+
+    Raises: ValueError for a deadlock, naming who waits for whom.
+    """
+    done, ordered, left = set(), [], [list(reversed(actions)) for actions in schedule]
+    while any(left):
+        missing = [[need for need in needs(actions[-1], stages) if need not in done] if actions else [] for actions in left]
+        ready = [actions.pop() for actions, lacks in zip(left, missing) if actions and not lacks]
+        if not ready:
+            waiting = "; ".join(f"rank {rank} waits for {lacks[-1]} (rank {lacks[-1].stage % len(schedule)}) before its {left[rank][-1]}"
+                                for rank, lacks in enumerate(missing) if lacks)
+            raise ValueError(f"deadlock after {len(ordered)} of {sum(map(len, schedule))} actions: {waiting}.")
+        ordered += ready
+        done.update(part for action in ready for part in parts(action))
+    return ordered
+
+
 def check_schedule(schedule: Schedule, stages: int, microbatches: int) -> None:
     """Run a schedule without processes: everything is done once, where it belongs, and nobody waits for ever.
 
@@ -139,19 +165,7 @@ def check_schedule(schedule: Schedule, stages: int, microbatches: int) -> None:
     if stages % len(schedule):
         raise ValueError(f"{stages} stages on {len(schedule)} ranks: each rank needs the same number of them.")
     _check_once(schedule, stages, microbatches)
-    done, places, ranks = set(), [0] * len(schedule), len(schedule)
-    while any(place < len(actions) for place, actions in zip(places, schedule)):
-        waiting, moved = [], False
-        for rank, actions in enumerate(schedule):
-            while places[rank] < len(actions):
-                action = actions[places[rank]]
-                if missing := [need for need in needs(action, stages) if need not in done]:
-                    waiting.append(f"rank {rank} waits for {missing[-1]} (rank {missing[-1].stage % ranks}) before its {action}")
-                    break
-                done.update(parts(action))
-                places[rank], moved = places[rank] + 1, True
-        if not moved:
-            raise ValueError(f"deadlock after {sum(places)} of {sum(map(len, schedule))} actions: {'; '.join(waiting)}.")
+    in_order(schedule, stages)
 
 
 def peak_live(schedule: Schedule) -> list[int]:

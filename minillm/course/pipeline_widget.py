@@ -7,8 +7,8 @@ import ipywidgets as widgets
 
 from minillm.course.plots import ACTIONS
 from minillm.course.widgets import _redrawn
-from minillm.parallel.schedules import Schedule, gpipe, interleaved, one_f_one_b, peak_live, pipedream, zero_bubble
-from minillm.plan.timeline import Span, Timeline, Times, simulate
+from minillm.parallel.schedules import Schedule, Timed, gpipe, interleaved, one_f_one_b, peak_live, pipedream, zero_bubble
+from minillm.plan.timeline import Timeline, Times, simulate
 
 SCHEDULES = {"GPipe": gpipe, "1F1B": one_f_one_b, "interleaved": interleaved, "ZB-H1": zero_bubble, "PipeDream": pipedream}
 CHUNKS = 2  # stages a rank of the interleaved one
@@ -34,22 +34,22 @@ def render_pipeline(name: str, ranks: int, microbatches: int, ratio: float = 2.0
     held = peak_live(schedule)
     boxes = [f"<text x='{LEFT - 8}' y='{ROW * rank + 18}' text-anchor='end'>rank {rank}</text>"
              f"<text x='{LEFT + WIDTH + 8}' y='{ROW * rank + 18}'>{held[rank]}</text>" for rank in range(ranks)]
-    boxes += [_box(span, WIDTH / slowest, ranks, follow) for span in timeline.spans if span.end > span.start]
+    boxes += [_box(timed, WIDTH / slowest, ranks, follow) for timed in timeline.actions if timed.end > timed.start]
     head = (f"<b>{name}</b>, {ranks} ranks, {microbatches} microbatches: time {timeline.makespan:g}, of which {timeline.bubble:.0%} idle; "
             f"on the right, the most {'chunks of ' * (name == 'interleaved')}microbatches whose activations a rank holds")
     if follow is not None:
-        mine = [span for span in timeline.spans if span.action.microbatch == follow]
-        head += (f"<br>microbatch {follow}: from {min(span.start for span in mine):g} to {max(span.end for span in mine):g}, "
-                 f"and worked on for {sum(span.end - span.start for span in mine):g} of it" if mine else
+        mine = [timed for timed in timeline.actions if timed.action.microbatch == follow]
+        head += (f"<br>microbatch {follow}: from {min(timed.start for timed in mine):g} to {max(timed.end for timed in mine):g}, "
+                 f"and worked on for {sum(timed.end - timed.start for timed in mine):g} of it" if mine else
                  f"<br>there is no microbatch {follow}")
     return (f"<div>{head}</div><svg width='{LEFT + WIDTH + 40}' height='{ROW * ranks + 6}' "
             f"style='font:12px sans-serif;background:#fff'>{''.join(boxes)}</svg>")
 
 
-def _box(span: Span, scale: float, ranks: int, follow: int | None) -> str:
+def _box(timed: Timed, scale: float, ranks: int, follow: int | None) -> str:
     """One action: a rectangle with its microbatch's number, pale if another one is followed."""
-    rank, action, start, end = span
-    x, width = LEFT + scale * start, scale * (end - start)
+    action, start, end = timed
+    rank, x, width = action.stage % ranks, LEFT + scale * start, scale * (end - start)
     strength = (1.0 if follow in (None, action.microbatch) else 0.18) * (1.0 if action.stage < ranks else 0.65)
     number = f"<text x='{x + width / 2:.1f}' y='{ROW * rank + 18}' text-anchor='middle' fill='#fff'>{action.microbatch}</text>"
     return (f"<g><title>{action}, from {start:g} to {end:g}</title><rect x='{x:.1f}' y='{ROW * rank + 3}' width='{max(0.5, width - 1):.1f}' "

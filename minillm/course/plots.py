@@ -152,11 +152,12 @@ def gantt(timeline: Timeline, *, title: str = "", unit: str = "", scale: float =
     axis, such as "ms" and 1000; until: where it ends, so that two can be compared.
     """
     ax = ax or plt.figure(figsize=(9.2, 0.42 * timeline.ranks + 0.9)).gca()
-    begun = min(span.start for span in timeline.spans)
+    begun = min(timed.start for timed in timeline.actions)
     end = until or timeline.makespan * scale
-    chunks = 1 + max(span.action.stage for span in timeline.spans) // timeline.ranks
-    for rank, action, start, stop in timeline.spans:
-        pale = 0.65 * (action.stage // timeline.ranks) / chunks
+    chunks = 1 + max(timed.action.stage for timed in timeline.actions) // timeline.ranks
+    for action, start, stop in timeline.actions:
+        chunk, rank = divmod(action.stage, timeline.ranks)
+        pale = 0.65 * chunk / chunks
         colour = [pale + (1 - pale) * part for part in to_rgb(ACTIONS[action.kind])]
         left, width = (start - begun) * scale, (stop - start) * scale
         ax.barh(-rank, width, left=left, height=0.82, color=colour, edgecolor="white", linewidth=0.6)

@@ -2,8 +2,8 @@
 
 overlap.py lets one rank compute while it sends; here ranks wait for one another. The schedule (parallel/schedules.py) says in
 which order each rank works, the times say how long, and the rest follows: an action begins when its rank is free and what it
-needs has arrived. Sending takes time, but none of the sending rank's. A `Timeline` can also be made of the spans that real
-ranks measured, and `measured_times` makes them the times of a simulation. course/plots.py draws it.
+needs has arrived. Sending takes time, but none of the sending rank's. A `Timeline` can also be made of what real ranks
+measured, and `measured_times` makes that the times of a simulation. course/plots.py draws it.
 Left out: ranks that slow each other down, and links that several messages share.
 """
 
@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
-from typing import NamedTuple
 
-from minillm.parallel.schedules import Action, Schedule, check_schedule, needs, parts
+from minillm.parallel.schedules import Action, Schedule, Timed, check_schedule, in_order, needs, parts
 
 Seconds = float | Sequence[float]
 
@@ -35,30 +34,25 @@ class Times:
         return seconds[stage] if isinstance(seconds, Sequence) else seconds
 
 
-class Span(NamedTuple):
-    """One action of a rank, from when to when: seconds."""
-
-    rank: int
-    action: Action
-    start: float
-    end: float
-
-
 @dataclass(frozen=True)
 class Timeline:
     """What each rank did when."""
 
-    spans: list[Span]
+    actions: list[Timed]
     ranks: int
 
     @property
     def makespan(self) -> float:
         """Seconds from the first action's start to the last one's end."""
-        return max(span.end for span in self.spans) - min(span.start for span in self.spans)
+        return max(timed.end for timed in self.actions) - min(timed.start for timed in self.actions)
+
+    def on(self, rank: int) -> list[Timed]:
+        """The actions of one rank."""
+        return [timed for timed in self.actions if timed.action.stage % self.ranks == rank]
 
     def idle(self, rank: int) -> float:
         """Seconds of the makespan in which a rank waits."""
-        return self.makespan - sum(span.end - span.start for span in self.spans if span.rank == rank)
+        return self.makespan - sum(end - start for _, start, end in self.on(rank))
 
     @property
     def bubble(self) -> float:
@@ -70,9 +64,8 @@ class Timeline:
 
         They are held from the forward's start to the end of the last part of backward; each chunk of a rank has its own.
         """
-        changes = [(span.start, 1) for span in self.spans if span.rank == rank and span.action.kind == "forward"]
-        changes += [(span.end, -1) for span in self.spans
-                    if span.rank == rank and span.action.kind in ("backward", "backward_weight")]
+        changes = [(start, 1) for action, start, _ in self.on(rank) if action.kind == "forward"]
+        changes += [(end, -1) for action, _, end in self.on(rank) if action.kind in ("backward", "backward_weight")]
         changes.sort()  # at the same time, what is freed comes first
         return list(dict(zip((when for when, _ in changes), accumulate(change for _, change in changes))).items())
 
@@ -82,31 +75,28 @@ def simulate(schedule: Schedule, times: Times = Times()) -> Timeline:
 
     Raises: ValueError for a schedule that is not complete, or in which ranks wait for ever, saying which and for what.
     """
-    everything = [action for actions in schedule for action in actions]
-    stages = 1 + max((action.stage for action in everything), default=0)
-    check_schedule(schedule, stages, 1 + max((action.microbatch for action in everything), default=0))
-    ended: dict[Action, float] = {}
-    place, free, spans = [0] * len(schedule), [0.0] * len(schedule), []
+    stages, microbatches = (1 + max((getattr(action, what) for actions in schedule for action in actions), default=0)
+                            for what in ("stage", "microbatch"))
+    check_schedule(schedule, stages, microbatches)
+    ranks, ended, done = len(schedule), {}, []
+    free = [0.0] * ranks
 
     def arrival(need: Action, rank: int) -> float:
-        return ended[need] + (times.of("transfer", need.stage) if need.stage % len(schedule) != rank else 0.0)
+        return ended[need] + (times.of("transfer", need.stage) if need.stage % ranks != rank else 0.0)
 
-    while len(spans) < len(everything):
-        for rank, actions in enumerate(schedule):
-            while place[rank] < len(actions) and all(need in ended for need in needs(actions[place[rank]], stages)):
-                action = actions[place[rank]]
-                start = max(free[rank], *(arrival(need, rank) for need in needs(action, stages)), 0.0)
-                for part in parts(action):
-                    ended[part] = free[rank] = start + sum(times.of(each.kind, each.stage) for each in parts(action))
-                spans.append(Span(rank, action, start, free[rank]))
-                place[rank] += 1
-    return Timeline(spans, len(schedule))
+    for action in in_order(schedule, stages):
+        rank = action.stage % ranks
+        start = max([free[rank], *(arrival(need, rank) for need in needs(action, stages))])
+        free[rank] = start + sum(times.of(part.kind, part.stage) for part in parts(action))
+        ended |= dict.fromkeys(parts(action), free[rank])
+        done.append(Timed(action, start, free[rank]))
+    return Timeline(done, ranks)
 
 
-def measured_times(spans: Iterable[Span], transfer: float = 0.0) -> Times:
+def measured_times(actions: Iterable[Timed], transfer: float = 0.0) -> Times:
     """The medians of what was measured, stage by stage; a whole backward counts as its first part."""
     found: dict[str, dict[int, list[float]]] = {}
-    for _, action, start, end in spans:
+    for action, start, end in actions:
         found.setdefault(parts(action)[0].kind, {}).setdefault(action.stage, []).append(end - start)
     kinds, stages = ("forward", "backward_input", "backward_weight", "update"), len(found["forward"])
     return Times(*([median(found.get(kind, {}).get(stage, [0.0])) for stage in range(stages)] for kind in kinds), transfer)

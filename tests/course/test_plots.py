@@ -95,7 +95,7 @@ def test_a_timeline_has_a_row_a_rank_and_a_box_an_action():
     from minillm.plan.timeline import Times, simulate
     timeline = simulate(interleaved(2, 4, 2), Times(1.0, 1.0, 1.0))
     ax = gantt(timeline, unit="ms", scale=1000.0)
-    assert len(ax.patches) == len(timeline.spans) == 2 * 2 * 2 * 4 and ax.get_xlim() == (0, 1000 * timeline.makespan)
+    assert len(ax.patches) == len(timeline.actions) == 2 * 2 * 2 * 4 and ax.get_xlim() == (0, 1000 * timeline.makespan)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["rank 0", "rank 1"]
     assert len({patch.get_facecolor() for patch in ax.patches}) == 4  # two kinds, each in two chunks
     assert {text.get_text() for text in ax.texts} == set("0123")

@@ -4,8 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from minillm.parallel.schedules import Action, gpipe, interleaved, one_f_one_b, peak_live, pipedream, zero_bubble
-from minillm.plan.timeline import Span, Timeline, Times, measured_times, simulate
+from minillm.parallel.schedules import Action, Timed, gpipe, interleaved, one_f_one_b, peak_live, pipedream, zero_bubble
+from minillm.plan.timeline import Timeline, Times, measured_times, simulate
 
 SIZES = [(stages, microbatches) for stages in (1, 2, 3, 4, 8) for microbatches in (1, 2, 4, 7, 16)]
 # whole seconds, so that sums of them are exact in floating point
@@ -39,7 +39,7 @@ def test_the_bubble_of_interleaved_stages(ranks, microbatches, chunks):
 @pytest.mark.parametrize("stages, microbatches", [(2, 2), (2, 8), (3, 6), (4, 4), (4, 8), (8, 16)])
 @pytest.mark.parametrize("forward, backward, weight", [(1, 1, 1), (2, 3, 2), (4, 5, 3)])
 def test_the_bubble_of_zero_bubble(stages, microbatches, forward, backward, weight):
-    # arXiv:2401.10241, table 2: ZB-H1 has (p - 1)(F + B - W) where 1F1B has (p - 1)(F + B + W)
+    # arXiv:2401.10241 §2.3: ZB-H1 has (p - 1)(F + B - W) where 1F1B has (p - 1)(F + B + W)
     timeline = simulate(zero_bubble(stages, microbatches), Times(float(forward), float(backward), float(weight)))
     assert timeline.idle(0) == (stages - 1) * (forward + backward - weight)
     plain = simulate(one_f_one_b(stages, microbatches), Times(float(forward), float(backward), float(weight)))
@@ -64,7 +64,7 @@ def test_held_activations_are_those_of_the_schedule(schedule, times):
 def test_two_stages_by_hand():
     # stage 1 takes twice as long, and a message half a second
     timeline = simulate(one_f_one_b(2, 2), Times([1.0, 2.0], [1.0, 2.0], 0.0, transfer=0.5))
-    spans = [(rank, str(action.kind), action.microbatch, start, end) for rank, action, start, end in timeline.spans]
+    spans = [(action.stage, action.kind, action.microbatch, start, end) for action, start, end in timeline.actions]
     assert sorted(spans) == sorted([
         (0, "forward", 0, 0, 1), (0, "forward", 1, 1, 2), (0, "backward", 0, 6, 7), (0, "backward", 1, 10, 11),
         (1, "forward", 0, 1.5, 3.5), (1, "backward", 0, 3.5, 5.5), (1, "forward", 1, 5.5, 7.5), (1, "backward", 1, 7.5, 9.5)])
@@ -82,14 +82,14 @@ def test_an_update_takes_its_time():
 
 def test_measured_spans_give_the_times_back():
     times = Times([1.0, 2.0], [3.0, 1.0], [0.5, 0.25], [0.0, 0.0], 0.5)
-    found = measured_times(simulate(zero_bubble(2, 5), times).spans, transfer=0.5)
+    found = measured_times(simulate(zero_bubble(2, 5), times).actions, transfer=0.5)
     assert found == times
-    whole = measured_times(simulate(one_f_one_b(2, 5), times).spans)
+    whole = measured_times(simulate(one_f_one_b(2, 5), times).actions)
     assert whole.backward_input == [3.5, 1.25] and whole.backward_weight == [0.0, 0.0]
 
 
 def test_a_measured_timeline_need_not_begin_at_nought():
-    timeline = Timeline([Span(0, Action("forward", 0, 0), 10.0, 11.0), Span(1, Action("forward", 1, 0), 11.0, 13.0)], 2)
+    timeline = Timeline([Timed(Action("forward", 0, 0), 10.0, 11.0), Timed(Action("forward", 1, 0), 11.0, 13.0)], 2)
     assert timeline.makespan == 3 and timeline.idle(0) == 2 and timeline.bubble == 0.5
 
 

@@ -234,7 +234,7 @@ class _Mail:
 
     def receive(self, number: int, action: Action) -> Tensor | None:
         """What an action at this place needs from elsewhere: a stream, a gradient or nothing."""
-        while self.incoming and self.incoming[-1][0] < number:
+        while self.incoming and self.incoming[-1][0] < number and not self._too_early(self.incoming[-1][1], number):
             self._expect(self.incoming.pop()[1])
         for needed, work, _ in self.sent:
             if needed < number:
@@ -268,6 +268,10 @@ class _Mail:
         """Wait until all has left."""
         for _, work, _ in self.sent:
             work.wait()
+
+    def _too_early(self, to: Action, number: int) -> bool:
+        """Whether a receive would first wait for its shape, though another action can be done meanwhile."""
+        return to.kind == "forward" and to.stage not in self.forms and self.place[to] > number
 
     def _expect(self, to: Action) -> None:
         """Post a receive. A gradient has the shape of what was sent; a stream's is told before its first."""

@@ -53,6 +53,7 @@ class Pipeline:
     stages: this rank's, called as stage(x, microbatch): x is what the stage before made, None on the first. The i-th is
     number i · P + rank.   loss: what the last stage makes of its output and the microbatch, a scalar, the sum over its targets.
     A microbatch is anything; all ranks are given the same ones, and of each a stage's outputs must have the same shape.
+    context: what the stages' forwards run under, such as autocast; the loss does not.
     trace: a list that gets a `Timed` for every action; may be set at any time. For ranks on CPUs: a GPU's work ends later.
     stash: whether an asynchronous schedule keeps a copy of the weights for every microbatch on its way. Without, backward mixes
     activations of old weights with new ones, and its result is the gradient of nothing.
@@ -63,10 +64,11 @@ class Pipeline:
     """
 
     def __init__(self, stages: Sequence[nn.Module], group: Group, loss: Callable[[Tensor, Any], Tensor], *,
-                 recompute: bool = False, stash: bool = True, trace: list[Timed] | None = None):
+                 recompute: bool = False, stash: bool = True, trace: list[Timed] | None = None,
+                 context: Callable[[], AbstractContextManager] = nullcontext):
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
         self.chunks, self.stages = list(stages), len(stages) * self.ranks
-        self.loss, self.recompute, self.stash, self.trace = loss, recompute, stash, trace
+        self.loss, self.recompute, self.stash, self.trace, self.context = loss, recompute, stash, trace, context
         self.kept: dict[tuple[int, int], Kept] = {}
         self._edges: list[tuple[GradientEdge, list[Tensor]]] = []
         self._versions: dict[int, dict[str, Tensor]] = {}  # of each stage, for the next forward
@@ -148,7 +150,8 @@ class Pipeline:
         """A stage's forward; the last one's ends in the loss."""
         self._edges, stage = [], self.chunks[action.stage // self.ranks]
         try:
-            out = stage(given, microbatch) if weights is None else functional_call(stage, weights, (given, microbatch))
+            with self.context():
+                out = stage(given, microbatch) if weights is None else functional_call(stage, weights, (given, microbatch))
             if action.stage == self.stages - 1:
                 out = self.loss(out, microbatch)
         except Exception as error:

@@ -118,6 +118,13 @@ def zero_bubble(stages: int, microbatches: int) -> Schedule:
     return plan
 
 
+def build_schedule(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """The synchronous schedule that a configuration names. Raises: as the schedule's own function."""
+    if name == "interleaved":
+        return interleaved(ranks, microbatches, chunks)
+    return {"gpipe": gpipe, "1f1b": one_f_one_b, "zero_bubble": zero_bubble}[name](ranks, microbatches)
+
+
 def needs(action: Action, stages: int) -> list[Action]:
     """What must be done before this action, on whatever rank; a whole backward is named by its parts, see `parts`."""
     kind, stage, microbatch = action

@@ -47,9 +47,10 @@ class SharedParameters:
     def sum(self, parameters: Mapping[str, Tensor]) -> None:
         """After backward: every holder gets the sum. Cost: one all-reduce of each shared parameter's size."""
         for name, group in self.groups.items():
-            dist.all_reduce(parameters[name].grad, group=group)
+            if parameters[name].grad is not None:
+                dist.all_reduce(parameters[name].grad, group=group)
 
-    def norm(self, mine: Tensor) -> Tensor:
+    def norm(self, mine: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """The norm over all stages, from each rank's of its gradients in `first`."""
         square = mine.double().square()
         dist.all_reduce(square, group=self.group)
@@ -57,11 +58,11 @@ class SharedParameters:
 
 
 @torch.no_grad()
-def gather_stages(tensors: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
-    """The tensors of all stages by name, on every rank. Cost: a broadcast of each."""
+def gather_stages(tensors: Mapping[str, Tensor], group: Group, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of all stages by name, on every rank. device: where the group's tensors travel. Cost: a broadcast of each."""
     everyones: list[dict] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(everyones, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, group=group)
-    found, device = {}, next((tensor.device for tensor in tensors.values() if tensor.dim()), torch.device("cpu"))
+    found: dict[str, Tensor] = {}
     for rank, theirs in enumerate(everyones):
         for name, (dtype, shape) in theirs.items():
             if name not in found:

@@ -128,11 +128,9 @@ class Engine:
         limit = max_norm if max_norm > 0 else float("inf")
         if not (self.tensor_group or self.pipe_group):
             return torch.nn.utils.clip_grad_norm_(self.weights.values(), limit)
-        if self.pipe_group:
-            once = {name: self.weights[name] for name in self.shared.first}
-            norm = self.shared.norm(global_norm(self.model, self.tensor_group, once))
-        else:
-            norm = global_norm(self.model, self.tensor_group, self.weights)
+        once = self.shared.first if self.pipe_group else self.weights
+        norm = global_norm(self.model, self.tensor_group, {name: self.weights[name] for name in once})
+        norm = self.shared.norm(norm) if self.pipe_group else norm
         torch.nn.utils.clip_grads_with_norm_(self.weights.values(), limit, norm)
         return norm
 
@@ -314,7 +312,7 @@ class Engine:
         else:
             schedule = build_schedule(self.parallel.schedule, self.parallel.pp, len(parts), self.parallel.chunks)
             quiet = self.replicas.no_sync if self.replicas else nullcontext
-            self.pipeline.run(schedule, parts, scale=scale / count, quiet=quiet)
+            self.pipeline.run(schedule, parts, scale=scale / int(count), quiet=quiet)
         dist.all_reduce(self._nats, group=self.pipe_group)  # the last stage has it, the others have 0
         return self._nats / count
 

@@ -39,12 +39,9 @@ class Kept:
 
     given: Tensor | None
     out: Tensor
-    weights: dict[str, Tensor] | None = None
-    """The version that the forward used, when updates come in between."""
-    edges: list[tuple[GradientEdge, list[Tensor]]] = field(default_factory=list)
-    """Where each module's output left it, and the module's own parameters."""
-    owed: list[tuple[GradientEdge, list[Tensor], Tensor]] = field(default_factory=list)
-    """The same with the output's gradient: what is left to do for the weights."""
+    weights: dict[str, Tensor] | None  # the version that the forward used, when updates come in between
+    edges: list[tuple[GradientEdge, list[Tensor]]]  # where each module's output left it, and the module's own parameters
+    owed: list[tuple[GradientEdge, list[Tensor], Tensor]] = field(default_factory=list)  # with the gradient: left for the weights
 
 
 class Pipeline:
@@ -53,6 +50,8 @@ class Pipeline:
     stages: this rank's, called as stage(x, microbatch): x is what the stage before made, None on the first. The i-th is
     number i · P + rank.   loss: what the last stage makes of its output and the microbatch, a scalar, the sum over its targets.
     A microbatch is anything; all ranks are given the same ones, and of each a stage's outputs must have the same shape.
+    With backward_input, weights belong to modules that return one tensor; where one weight is used twice in a stage (one that has
+    both the embedding and the head that is tied to it), backward_weight repeats what backward_input did.
     context: what the stages' forwards run under, such as autocast; the loss does not.
     trace: a list that gets a `Timed` for every action; may be set at any time. For ranks on CPUs: a GPU's work ends later.
     stash: whether an asynchronous schedule keeps a copy of the weights for every microbatch on its way. Without, backward mixes
@@ -103,10 +102,10 @@ class Pipeline:
         """Check a schedule, once."""
         if len(schedule) != self.ranks:
             raise ValueError(f"the schedule is for {len(schedule)} ranks, and the pipeline has {self.ranks}.")
-        for what, given in (("stage", self.stages), ("microbatch", microbatches)):
-            planned = 1 + max((getattr(action, what) for actions in schedule for action in actions), default=-1)
+        for which, what, given in ((1, "stages", self.stages), (2, "microbatches", microbatches)):
+            planned = 1 + max((action[which] for actions in schedule for action in actions), default=-1)
             if planned != given:
-                raise ValueError(f"the schedule is for {planned} of what it counts as {what}, and the pipeline was given {given}.")
+                raise ValueError(f"the schedule is for {planned} {what}, and the pipeline was given {given}.")
         check_schedule(schedule, self.stages, microbatches)
         self._checked = [list(actions) for actions in schedule], microbatches, in_order(schedule, self.stages)
 
@@ -132,7 +131,7 @@ class Pipeline:
             if self.trace is not None:
                 self.trace.append(Timed(action, begun, time.perf_counter()))
             mail.send(action, result)
-        mail.close()
+        mail.settle(len(ordered))
         return [losses[m] for m in sorted(losses)]
 
     def _forward(self, action: Action, given: Tensor | None, microbatch, stale: bool) -> Tensor:
@@ -158,6 +157,9 @@ class Pipeline:
             shape = "nothing" if given is None else f"{str(given.dtype).removeprefix('torch.')} {list(given.shape)} by stage {action.stage - 1}"
             error.add_note(f"In the {action} (rank {self.rank} of the pipeline), which was given {shape}.")
             raise
+        used = {id(parameter): parameter for _, own in self._edges for parameter in own}
+        if len(used) < sum(len(own) for _, own in self._edges):  # one used twice would be counted twice: take the stage as one module
+            self._edges = [(get_gradient_edge(out), list(used.values()))]
         return Kept(given, out, weights, self._edges)
 
     def _backward(self, action: Action, grad: Tensor | None, microbatch, scale) -> Tensor | None:
@@ -177,11 +179,14 @@ class Pipeline:
             wanted = [edge for edge, _ in kept.edges] + ([] if kept.given is None else [kept.given])
             found = torch.autograd.grad(kept.out, wanted, grad, retain_graph=True, allow_unused=True)
             kept.owed = [(edge, own, owed) for (edge, own), owed in zip(kept.edges, found) if owed is not None]
-            return None if kept.given is None else _needed(found[-1], action)
-        torch.autograd.backward(kept.out, grad)
-        if kept.weights:
-            self._collect(action.stage, kept.weights)
-        return None if kept.given is None else _needed(kept.given.grad, action)
+            back = found[-1]
+        else:
+            torch.autograd.backward(kept.out, grad)
+            self._collect(action.stage, kept.weights or {})
+            back = None if kept.given is None else kept.given.grad
+        if kept.given is not None and back is None:
+            raise ValueError(f"the {action} gave no gradient for stage {action.stage - 1}: stage {action.stage} made nothing of its stream.")
+        return None if kept.given is None else back
 
     def _version(self, stage: int) -> dict[str, Tensor]:
         """The weights as they are now, for the forward of a microbatch whose backward comes after other updates: copies, or,
@@ -193,23 +198,19 @@ class Pipeline:
 
     def _collect(self, stage: int, weights: dict[str, Tensor]) -> None:
         """Hand the gradients of a version over to the stage's parameters."""
-        for name, parameter in self.chunks[stage // self.ranks].named_parameters():
+        for name, parameter in self.chunks[stage // self.ranks].named_parameters() if weights else ():
             got, weights[name].grad = weights[name].grad, None
             parameter.grad = got if parameter.grad is None else parameter.grad + got
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
-        """Note where the output of each module with parameters of its own leaves it: there its weights' gradients begin.
-
-        A parameter that two modules share would be counted twice; then backward_input does the whole backward.
-        """
+        """Note where the output of each module with parameters of its own leaves it: there its weights' gradients begin."""
         modules = {id(module): module for chunk in self.chunks for module in chunk.modules()}.values()
         owned = [(module, [p for p in module.parameters(recurse=False) if p.requires_grad]) for module in modules]
-        several = max(Counter(id(p) for _, own in owned for p in own).values(), default=0) > 1
 
         def note(own: list[Tensor]) -> Callable:
             return lambda module, args, out: self._edges.append((get_gradient_edge(out), own)) if out.requires_grad else None
-        handles = [module.register_forward_hook(note(own)) for module, own in owned if own and not several]
+        handles = [module.register_forward_hook(note(own)) for module, own in owned if own]
         try:
             yield
         finally:
@@ -239,10 +240,7 @@ class _Mail:
         """What an action at this place needs from elsewhere: a stream, a gradient or nothing."""
         while self.incoming and self.incoming[-1][0] < number and not self._too_early(self.incoming[-1][1], number):
             self._expect(self.incoming.pop()[1])
-        for needed, work, _ in self.sent:
-            if needed < number:
-                work.wait()
-        self.sent = [message for message in self.sent if message[0] >= number]
+        self.settle(number)
         tensor, work = self.came.pop(parts(action)[0], (None, None))
         if work is not None:
             work.wait()
@@ -267,10 +265,12 @@ class _Mail:
                                  f"{action.microbatch}: all must have one shape. Use microbatches that divide the batch.")
         self._post(to, result.contiguous())
 
-    def close(self) -> None:
-        """Wait until all has left."""
-        for _, work, _ in self.sent:
-            work.wait()
+    def settle(self, number: int) -> None:
+        """Wait until all has left that is needed before a place."""
+        for needed, work, _ in self.sent:
+            if needed < number:
+                work.wait()
+        self.sent = [message for message in self.sent if message[0] >= number]
 
     def _too_early(self, to: Action, number: int) -> bool:
         """Whether a receive would first wait for its shape, though another action can be done meanwhile."""
@@ -294,14 +294,8 @@ class _Mail:
         self.sent.append((self.place[to], work, tensor))
 
     @staticmethod
-    def _to(action: Action) -> Action:
-        """The action on another stage that needs this one's result."""
+    def _to(action: Action) -> Action | None:
+        """The action on another stage that needs this one's result, if there were one."""
         kind = parts(action)[0].kind
         step = {"forward": 1, "backward_input": -1}.get(kind)
-        return Action(kind, -1 if step is None else action.stage + step, action.microbatch)
-
-
-def _needed(grad: Tensor | None, action: Action) -> Tensor:
-    if grad is None:
-        raise ValueError(f"the {action} gave no gradient for stage {action.stage - 1}: stage {action.stage} made nothing of its stream.")
-    return grad
+        return step and Action(kind, action.stage + step, action.microbatch)

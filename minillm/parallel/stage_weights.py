@@ -12,7 +12,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from minillm.parallel.data_parallel import Group, share_gradients
+from minillm.parallel.data_parallel import Group
 
 
 class SharedParameters:
@@ -22,33 +22,36 @@ class SharedParameters:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], group: Group):
-        self.group, everyones = group, [[]] * dist.get_world_size(group)
+        self.group, self.rank, everyones = group, dist.get_rank(group), [[]] * dist.get_world_size(group)
         dist.all_gather_object(everyones, list(parameters), group=group)
-        world, holders, self.groups = dist.get_process_group_ranks(group), {}, {}
-        for rank, names in enumerate(everyones):
-            for name in names:
-                holders.setdefault(name, []).append(rank)
-        self.first = {name for name in parameters if holders[name][0] == dist.get_rank(group)}
+        holders = {name: [rank for rank, names in enumerate(everyones) if name in names] for name in parameters}
+        self.first = {name for name, ranks in holders.items() if ranks[0] == self.rank}
         """Those of this rank that no earlier one holds: over all ranks, each is there once."""
-        made = {}
-        for name in parameters:
-            ranks = tuple(holders[name])
-            if len(ranks) > 1:
-                if ranks not in made:
-                    made[ranks] = dist.new_group([world[rank] for rank in ranks], use_local_synchronization=True)
-                self.groups[name] = made[ranks]
+        self.holders = {name: ranks for name, ranks in holders.items() if len(ranks) > 1}
 
+    @torch.no_grad()
     def divide(self, parameters: Mapping[str, Tensor]) -> None:
         """Make gradients that are sums already ready for the next sum."""
-        for name, group in self.groups.items():
-            share_gradients({name: parameters[name]}, group)
+        for name, ranks in self.holders.items():
+            if parameters[name].grad is not None:
+                parameters[name].grad.div_(len(ranks))
 
     @torch.no_grad()
     def sum(self, parameters: Mapping[str, Tensor]) -> None:
-        """After backward: every holder gets the sum. Cost: one all-reduce of each shared parameter's size."""
-        for name, group in self.groups.items():
-            if parameters[name].grad is not None:
-                dist.all_reduce(parameters[name].grad, group=group)
+        """After backward: every holder gets the sum, the same bits. Cost: an all-reduce of what all hold; else each holder sends its
+        gradient to the others (two of them: as much as an all-reduce), and no group of their own is needed."""
+        for name, ranks in self.holders.items():
+            if (mine := parameters[name].grad) is None:
+                continue
+            if len(ranks) == dist.get_world_size(self.group):
+                dist.all_reduce(mine, group=self.group)
+                continue
+            theirs = {rank: torch.empty_like(mine) for rank in ranks if rank != self.rank}
+            messages = [dist.P2POp(act, tensor, group=self.group, group_peer=rank) for rank, got in theirs.items()
+                        for act, tensor in ((dist.isend, mine), (dist.irecv, got))]
+            for work in dist.batch_isend_irecv(messages):
+                work.wait()
+            mine.copy_(sum((theirs.get(rank, mine) for rank in ranks[1:]), theirs.get(ranks[0], mine)))
 
     def norm(self, mine: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """The norm over all stages, from each rank's of its gradients in `first`."""

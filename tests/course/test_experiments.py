@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from minillm.course import experiments
-from minillm.course.experiments import families, positions, scaling, spikes
+from minillm.course.experiments import families, positions, scaling, spikes, staleness
 from minillm.data.loader import Loader
 from minillm.data.prepare import DataConfig, prepare
 from minillm.model.transformer import Transformer, num_params
 from minillm.train.scaling_law import fit_scaling_law, residuals
 
-EXPERIMENTS = {"positions": positions, "families": families, "scaling": scaling, "spikes": spikes}
+EXPERIMENTS = {"positions": positions, "families": families, "scaling": scaling, "spikes": spikes, "staleness": staleness}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -128,3 +128,15 @@ def test_more_parameters_and_more_tokens_always_helped():
         for smaller in (f"width {width}, {millions // 2}M", f"width {width - 8}, {millions}M", f"width {width - 16}, {millions}M",
                         f"width {width - 32}, {millions}M"):
             assert found.get(smaller, math.inf) > found[row]
+
+
+def test_without_delay_a_pipeline_that_does_not_stop_is_plain_training(tmp_path):
+    data, plan = prepare(tmp_path, DataConfig(size=100_000, val_fraction=0.1), 512), replace(staleness.PLAN, steps=4, lr=1e-2, warmup_steps=2)
+    usual = experiments.train_row(staleness.MODEL, plan, data, staleness.CONTEXT, 3)
+    models = {way: staleness.train(*how, staleness.MODEL, plan, data, staleness.CONTEXT, 3) for way, how in staleness.WAYS.items()}
+    for name, weight in usual.named_parameters():
+        # float32, and AdamW's first steps divide a gradient by its own size: rounding is 1e-6 of a rate of 1e-2
+        torch.testing.assert_close(models["no delay"].get_parameter(name), weight, rtol=1e-4, atol=1e-4)
+    ends = [model.head.weight for model in models.values()]
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in ((ends[0], ends[1]), (ends[1], ends[2])))
+    assert 4 < families.measure(models["stash"], data)["loss"] < 7

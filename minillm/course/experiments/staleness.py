@@ -8,7 +8,7 @@ Source: PipeDream, arXiv:1806.03377 §3.3.
 from functools import partial
 
 from minillm.config import ModelConfig, TrainConfig
-from minillm.course.experiments.families import measure
+from minillm.course.experiments import families
 from minillm.data.loader import Batch, Loader
 from minillm.data.prepare import DataConfig, Prepared
 from minillm.model.families import preset
@@ -23,7 +23,6 @@ from minillm.train.build import build_optimizer
 from minillm.train.loss import next_token_loss
 from minillm.train.schedule import learning_rate
 
-__all__ = ["measure"]
 CONTEXT, SEEDS, DATA = 32, (0, 1, 2), DataConfig(size=400_000, val_fraction=0.1)
 MODEL = preset("first", vocab_size=512, layers=4, width=32, heads=2, context=CONTEXT, tied=False)
 PLAN = TrainConfig(steps=400, batch_size=8, warmup_steps=20, schedule="constant", clip_norm=0)
@@ -59,3 +58,4 @@ def train(ranks: int, stash: bool, config: ModelConfig, plan: TrainConfig, data:
 ROWS = {f"{way}, lr {rate:g}": MODEL for way in WAYS for rate in RATES}
 PLANS = {f"{way}, lr {rate:g}": {"lr": rate} for way in WAYS for rate in RATES}
 TRAIN = {f"{way}, lr {rate:g}": partial(train, *how) for way, how in WAYS.items() for rate in RATES}
+measure = partial(families.measure, context=CONTEXT)

@@ -133,7 +133,7 @@ def test_more_parameters_and_more_tokens_always_helped():
 def test_without_delay_a_pipeline_that_does_not_stop_is_plain_training(tmp_path):
     data, plan = prepare(tmp_path, DataConfig(size=100_000, val_fraction=0.1), 512), replace(staleness.PLAN, steps=4, lr=1e-2, warmup_steps=2)
     usual = experiments.train_row(staleness.MODEL, plan, data, staleness.CONTEXT, 3)
-    models = {way: staleness.train(*how, staleness.MODEL, plan, data, staleness.CONTEXT, 3) for way, how in staleness.WAYS.items()}
+    models = {way: staleness.trained_late(*how, staleness.MODEL, plan, data, staleness.CONTEXT, 3) for way, how in staleness.WAYS.items()}
     for name, weight in usual.named_parameters():
         # float32, and AdamW's first steps divide a gradient by its own size: rounding is 1e-6 of a rate of 1e-2
         torch.testing.assert_close(models["no delay"].get_parameter(name), weight, rtol=1e-4, atol=1e-4)

@@ -47,7 +47,7 @@ def without_stopping(me: Rank, config: ModelConfig, plan: TrainConfig, batches: 
     return [float(loss.detach()) / count for loss in losses], gather_stages(named, me.group)
 
 
-def train(ranks: int, stash: bool, config: ModelConfig, plan: TrainConfig, data: Prepared, context: int, seed: int) -> Transformer:
+def trained_late(ranks: int, stash: bool, config: ModelConfig, plan: TrainConfig, data: Prepared, context: int, seed: int) -> Transformer:
     """A model trained that way; its microbatches are the batches of the other experiments."""
     loader, model = Loader(data.train, batch_size=plan.batch_size, context=context, seed=seed), Transformer(config)
     batches = [next(loader) for _ in range(plan.steps)]
@@ -57,5 +57,5 @@ def train(ranks: int, stash: bool, config: ModelConfig, plan: TrainConfig, data:
 
 ROWS = {f"{way}, lr {rate:g}": MODEL for way in WAYS for rate in RATES}
 PLANS = {f"{way}, lr {rate:g}": {"lr": rate} for way in WAYS for rate in RATES}
-TRAIN = {f"{way}, lr {rate:g}": partial(train, *how) for way, how in WAYS.items() for rate in RATES}
+TRAIN = {f"{way}, lr {rate:g}": partial(trained_late, *how) for way, how in WAYS.items() for rate in RATES}
 measure = partial(families.measure, context=CONTEXT)

@@ -38,7 +38,7 @@ class Kept:
     """What a stage keeps of a microbatch between its forward and its backward."""
 
     given: Tensor | None
-    out: Tensor
+    out: Tensor | None  # None until it is made again, with recompute
     weights: dict[str, Tensor] | None  # the version that the forward used, when updates come in between
     edges: list[tuple[GradientEdge, list[Tensor]]]  # where each module's output left it, and the module's own parameters
     owed: list[tuple[GradientEdge, list[Tensor], Tensor]] = field(default_factory=list)  # with the gradient: left for the weights
@@ -51,7 +51,8 @@ class Pipeline:
     number i · P + rank.   loss: what the last stage makes of its output and the microbatch, a scalar, the sum over its targets.
     A microbatch is anything; all ranks are given the same ones, and of each a stage's outputs must have the same shape.
     With backward_input, weights belong to modules that return one tensor; where one weight is used twice in a stage (one that has
-    both the embedding and the head that is tied to it), backward_weight repeats what backward_input did.
+    both the embedding and the head that is tied to it), backward_weight repeats what backward_input did. Until then a microbatch
+    keeps its activations, and the gradients of those modules' outputs too.
     context: what the stages' forwards run under, such as autocast; the loss does not.
     trace: a list that gets a `Timed` for every action; may be set at any time. For ranks on CPUs: a GPU's work ends later.
     stash: whether an asynchronous schedule keeps a copy of the weights for every microbatch on its way. Without, backward mixes
@@ -141,9 +142,11 @@ class Pipeline:
             given.requires_grad_()
         with torch.no_grad() if self.recompute else nullcontext():
             kept = self._call(action, given, microbatch, self._version(action.stage) if stale else None)
+        out = kept.out.detach()
         if training:
+            kept.out = None if self.recompute else kept.out
             self.kept[action.stage, action.microbatch] = kept
-        return kept.out.detach()
+        return out
 
     def _call(self, action: Action, given: Tensor | None, microbatch, weights: dict[str, Tensor] | None) -> Kept:
         """A stage's forward; the last one's ends in the loss."""

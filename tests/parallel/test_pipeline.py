@@ -19,6 +19,7 @@ from minillm.parallel.rank_error import RankError
 from minillm.parallel.schedules import (Action, balance, gpipe, interleaved, needs, one_f_one_b, parts, peak_live, pipedream,
                                         zero_bubble)
 from minillm.parallel.stage_weights import SharedParameters, gather_stages
+from minillm.train.live_bytes import LiveBytes
 from minillm.train.loss import next_token_loss
 from minillm.train.optim import decay_groups
 
@@ -231,6 +232,43 @@ def test_what_is_done_kept_and_sent_is_what_the_schedule_says(make, chunks):
         ended |= {part: timed.end for timed in trace for part in parts(timed.action)}
     for timed in (timed for _, trace, _, _ in found for timed in trace):  # one clock for all processes of a machine
         assert all(ended[need] <= timed.start for need in needs(timed.action, stages))
+
+
+class Layers(nn.Module):
+    """Four layers, each of which keeps what it returns: 4 · 16 · 8 numbers of a microbatch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x, microbatch):
+        x = microbatch if x is None else x
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def peaks(me):
+    """Bytes alive at most, for 8 and for 12 microbatches."""
+    found = {}
+    for name, make, recompute in (("gpipe", gpipe, False), ("recomputed", gpipe, True), ("1f1b", one_f_one_b, False)):
+        for count in (8, 12):
+            pipe = Pipeline([Layers()], me.group, lambda out, _: out.square().sum(), recompute=recompute)
+            batch = [torch.ones(16, 8) for _ in range(count)]
+            with LiveBytes() as live:
+                pipe.run(make(me.size, count), batch)
+            found[name, count] = live.peak
+    return found
+
+
+def test_bytes_at_the_peak():
+    tensor = 16 * 8 * 4
+    for rank, found in enumerate(launch(peaks, 4, backend="gloo")):
+        more = {name: found[name, 12] - found[name, 8] for name in ("gpipe", "recomputed", "1f1b")}
+        given = tensor if rank else 0  # what came from the stage before; the first stage's microbatch was there already
+        small = 200  # scalars, such as losses
+        assert 0 <= more["gpipe"] - 4 * (4 * tensor + given) <= small and 0 <= more["1f1b"] <= small
+        assert 0 <= more["recomputed"] - 4 * given <= small
 
 
 class Products(TorchDispatchMode):

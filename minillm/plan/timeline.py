@@ -93,10 +93,10 @@ def simulate(schedule: Schedule, times: Times = Times()) -> Timeline:
     return Timeline(done, ranks)
 
 
-def measured_times(actions: Iterable[Timed], transfer: float = 0.0) -> Times:
+def measured_times(actions: Iterable[Timed]) -> Times:
     """The medians of what was measured, stage by stage; a whole backward counts as its first part."""
     found: dict[str, dict[int, list[float]]] = {}
     for action, start, end in actions:
         found.setdefault(parts(action)[0].kind, {}).setdefault(action.stage, []).append(end - start)
     kinds, stages = ("forward", "backward_input", "backward_weight", "update"), len(found["forward"])
-    return Times(*([median(found.get(kind, {}).get(stage, [0.0])) for stage in range(stages)] for kind in kinds), transfer)
+    return Times(*([median(found.get(kind, {}).get(stage, [0.0])) for stage in range(stages)] for kind in kinds))

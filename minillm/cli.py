@@ -7,6 +7,7 @@ the fields of ModelConfig and TrainConfig. An error that the library explains is
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,6 +169,8 @@ class Sample:
     """Repeat the same text."""
     uncached: bool = False
     """Read the whole text again for every token: the same tokens, slowly."""
+    compile: bool = False
+    """Compile the model first, for half a minute: faster after, which pays for long texts."""
 
     def run(self) -> int:
         """Print the text as it is written."""
@@ -179,7 +182,7 @@ class Sample:
         model, tokenizer = load_pretrained(folder).eval(), _tokenizer_of(folder)
         print(self.prompt, end="", flush=True)
         for piece in stream_text(model, tokenizer, self.prompt, self.max_new_tokens, sampling=sampling, stop=self.stop,
-                                 seed=self.seed, cached=not self.uncached):
+                                 seed=self.seed, cached=not self.uncached, compiled=self.compile):
             print(piece, end="", flush=True)
         print()
         return 0
@@ -293,7 +296,8 @@ def parse(args: list[str]):
     """The command that the arguments ask for. Unknown options end the program with the nearest known ones."""
     if args[:1] == ["train"]:
         start = Train(model=preset(_value_of("--preset", args, "first")))
-        return tyro.cli(Train, prog="minillm train", args=args[1:], default=start)
+        words = [re.sub(r"^--engine(?=$|=)", "--parallel.engine", word) for word in args[1:]]
+        return tyro.cli(Train, prog="minillm train", args=words, default=start)
     return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="minillm", args=args or ["--help"],
                                                 description="From raw text to a model that talks.")
 

@@ -50,9 +50,14 @@ class Engine:
     Raises: ValueError for a device that is not there, or a layout that this world, the model or the training does not fit.
     """
 
+    kind = "ours"
+
     def __init__(self, model: ModelConfig | Transformer, train: TrainConfig, parallel: ParallelConfig = ParallelConfig(), *,
                  loss: Loss = next_token_loss, mesh: DeviceMesh | None = None):
         check_layout(model if isinstance(model, ModelConfig) else model.config, train, parallel, loss)
+        if parallel.engine != self.kind:
+            raise ValueError(f"engine = {parallel.engine!r}, and this is the engine {self.kind!r}: use build_engine of "
+                             f"minillm/torch_engine.py, which chooses.")
         self.config, self.parallel, self.loss, self.log_z_squared = train, parallel, loss, log_z_squared
         self.device = choose_device(train.device)
         built = model if isinstance(model, Transformer) else Transformer(model, seed=train.seed)
@@ -63,10 +68,7 @@ class Engine:
             self._join(mesh)
         self.masters = MasterWeights(self.model, DTYPES[train.precision]) if train.master_weights else None
         self.weights: dict[str, Tensor] = dict((self.masters or self.model).named_parameters())
-        self.replicas = None
-        if self.group:
-            self.replicas = Overlapped(self.weights, self.group, watched=dict(self.model.named_parameters()),
-                                       bucket_bytes=max(1, int(parallel.bucket_mb * 2 ** 20)))
+        self.replicas = self._replicate() if self.group else None
         if self.pipe_group:
             self.pipeline = Pipeline(self.stages, self.pipe_group, self._last_loss, context=self._mixed)
             self.shared = SharedParameters(self.weights, self.pipe_group)
@@ -96,8 +98,8 @@ class Engine:
         if self.pipe_group:
             total += self._pass(parts, count, scale)
         for number, part in enumerate(() if self.pipe_group else parts):
-            loss, penalty = self._loss(self._forward, part)
             with self.replicas.no_sync() if self.replicas and number < len(parts) - 1 else nullcontext():
+                loss, penalty = self._loss(self._forward, part)
                 ((loss + penalty) / count * scale).backward()
             total += loss.detach() / count
         if self.replicas:
@@ -166,7 +168,7 @@ class Engine:
         if not (self.tensor_group or self.pipe_group):
             return self.model
         whole = Transformer(self.model.config, device="meta")
-        whole.load_state_dict(self._gather(self.model.state_dict()), assign=True)
+        whole.load_state_dict(self.gather(self.model.state_dict()), assign=True)
         if whole.config.tied:
             whole.head.weight = whole.embed.weight
         return whole.train(self.model.training)
@@ -176,7 +178,7 @@ class Engine:
         mine = {name: dense[name] for name in self.model.state_dict() if name in dense} if self.pipe_group else dense
         self.model.load_state_dict(part_of(self.model, self.tensor_group, mine) if self.tensor_group else mine)
 
-    def _gather(self, mine: dict[str, Tensor], split: bool = True) -> dict[str, Tensor]:
+    def gather(self, mine: dict[str, Tensor], split: bool = True) -> dict[str, Tensor]:
         """This rank's tensors, by names of parameters, with those of the others: dense. split: they are cut as the parameters."""
         if self.tensor_group and split:
             mine = gather_dense(self.model, self.tensor_group, mine)
@@ -210,11 +212,16 @@ class Engine:
             self.stages = cut_stages(self.model, cuts[axes["pp"].get_local_rank()::self.parallel.pp])
         if self.parallel.tp > 1:
             self.tensor_group = axes["tp"].get_group()
-            self._split()
+            self._split(axes["tp"])
 
-    def _split(self) -> None:
+    def _replicate(self) -> Overlapped:
+        """What sums the gradients over the data axis while backward runs."""
+        return Overlapped(self.weights, self.group, watched=dict(self.model.named_parameters()),
+                          bucket_bytes=max(1, int(self.parallel.bucket_mb * 2 ** 20)))
+
+    def _split(self, tensor: DeviceMesh) -> None:
         """Cut the model, and take the losses that read logits which are split by token."""
-        config, group = self.model.config, self.tensor_group
+        config, group = self.model.config, tensor.get_group()
         split = apply_sequence_parallel if self.parallel.sequence_parallel else apply_tensor_parallel
         split(self.model, group, sharding_table(config))
         self.loss = lambda logits, batch: vocabulary_cross_entropy(logits, batch.targets, config.vocab_size, group)
@@ -252,7 +259,7 @@ class Engine:
             for slot, value in self.optimizer.state[weight].items():
                 slots.setdefault(slot, {})[name] = value
         for slot, values in slots.items():
-            values = self._gather(values, split=slot != "step")
+            values = self.gather(values, split=slot != "step")
             tensors |= {f"{slot}/{name}": value.detach().cpu().clone() for name, value in values.items()}
         return tensors
 
@@ -305,7 +312,7 @@ class Engine:
 
     def _pass(self, parts: list[Batch], count: int | Tensor = 1, scale: float | None = None) -> Tensor:
         """Send microbatches through the pipeline, and with a scale their gradients back. Returns their loss over the count."""
-        self._nats = torch.zeros((), device=self.device)
+        self._nats = torch.zeros((), dtype=torch.float64, device=self.device)
         parts = [part.to(self.device) for part in parts]
         if scale is None:
             self.pipeline.evaluate(parts)

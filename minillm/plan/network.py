@@ -4,7 +4,7 @@ A message of n bytes takes α + n·β seconds: α to start it, β = 1 / bandwidt
 send one message and receive another at once; the next round starts when the slowest message of this one is there. Adding up
 takes no time here. `rounds_of` lists every message and is exact in messages and bytes, for sizes that do not divide too
 (the algorithms and chunks are those of minillm/parallel/collectives.py); `COSTS` are the closed forms that follow from it.
-Links that several messages share are in topology.py. Sources: Hockney, "The communication challenge for MPP" (1994);
+Links that several messages share: minillm/course/topology.py. Sources: Hockney, "The communication challenge for MPP" (1994);
 Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH" (2005); Patarasuk and Yuan,
 "Bandwidth optimal all-reduce algorithms for clusters of workstations" (2009): no all-reduce sends less than 2(P-1)/P · n.
 """
@@ -253,6 +253,20 @@ def _cost(algorithm: str, ranks: int) -> tuple[int, float]:
     if ranks < 1:
         raise ValueError(f"ranks = {ranks}: at least 1 is needed.")
     return COSTS[algorithm](ranks)
+
+
+def data_parallel_all_reduces(sizes: Sequence[int], bucket_bytes: int = 25 * 2 ** 20, item: int = 4) -> list[int]:
+    """Bytes of every all-reduce that one step of data parallelism makes, however many microbatches it has.
+
+    sizes: elements of each trained parameter that a rank holds, in the model's order, a tied one once.   item: bytes of a
+    gradient.   The buckets (minillm/parallel/data_parallel.py), then the count of targets (int64) and the loss (float32).
+    """
+    buckets = [0]
+    for size in (elements * item for elements in reversed(sizes)):
+        if buckets[-1] and buckets[-1] + size > bucket_bytes:
+            buckets.append(0)
+        buckets[-1] += size
+    return buckets + [8, 4]
 
 
 def tensor_parallel_all_reduces(config: ModelConfig, tokens: int, item: int = 2, recompute: bool = False) -> list[int]:

@@ -243,7 +243,7 @@ def pipelines(size: int):
 
 LOOP = Exercise(
     name="stage_loop", reference=altered_loop(), driver=drive_loop, minutes=25, difficulty=3, **COMMON, **SUMS,
-    tests=(Test("two ranks", pipelines(2), points=3, cases=1, ranks=2), Test("three ranks", pipelines(3), points=3, cases=1, ranks=3)),
+    tests=(Test("three ranks", pipelines(3), points=6, cases=1, ranks=3),),
     hints=("A backward needs what its forward had: keep (x, y) in a dict by microbatch, and take it out again when its backward comes.",
            "What arrives is no part of a graph: x.requires_grad_() before the model sees it, so that x.grad is there afterwards. On the last rank y is loss(y, m) / len(inputs).",
            "On the other ranks, (y * receive('backward', m, rank + 1)).sum().backward() goes on from the gradient that arrives. Then send('backward', m, x.grad, rank - 1), but not from rank 0."),

@@ -7,7 +7,7 @@ is kept, with 16-bit weights and gradients: 4Ψ + 12Ψ/P bytes instead of 16Ψ.
 
 Weights lie one after another in flat tensors, padded to P equal parts; a part may begin and end inside a weight. What the
 optimizer sees of one is a piece: a view of (n, 1) for a matrix, (n,) for a vector, so that decay still knows them apart; n may
-be 0, and padding is in no piece. So it must work element by element: `refuse_whole` says which do not.
+be 0, and padding is in no piece. An optimizer must work element by element: Muon and Adafactor do not.
 Source: arXiv:1910.02054 §5.1 and §7. Left out: replicas of groups of ranks (HSDP), and buffers, which each rank keeps.
 """
 
@@ -22,8 +22,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minillm.config import TrainConfig
 from minillm.parallel.collectives import Traffic, ring_all_gather, ring_reduce_scatter
 from minillm.parallel.data_parallel import BUCKET_BYTES, Group, Pending, plan_buckets
+from minillm.train.build import build_optimizer
 
 
 class Wire(NamedTuple):
@@ -51,14 +53,6 @@ def ring(traffic: Traffic | None = None) -> Wire:
     def all_gather(whole: Tensor, part: Tensor, group: Group) -> None:
         whole.copy_(ring_all_gather(part, group, traffic=traffic))
     return Wire(reduce_scatter, all_gather)
-
-
-def refuse_whole(optimizer: str) -> None:
-    """Raises: ValueError for the optimizers that look at whole matrices."""
-    why = {"muon": "it orthogonalises whole matrices", "adafactor": "it averages over whole rows and columns"}.get(optimizer)
-    if why:
-        raise ValueError(f"optimizer = {optimizer!r} with ZeRO: {why}, and a rank has some of the elements. Use \"fused\" or "
-                         f"\"by_hand\", or zero = 0.")
 
 
 class Flat:
@@ -173,7 +167,7 @@ class Flat:
 class Zero1:
     """A model whose optimizer's states are shared out. In a step: backward, `finish`, `clip`, `step(optimizer)`.
 
-    The optimizer is built from `named_parameters()`, which are this rank's pieces of the weights.
+    The optimizer updates `named_parameters()`, which are this rank's pieces of the weights.
     dtype: 16 bits, which the model is turned to; None leaves it as it is.   gradients: in what they are summed and kept; None
     is the weights' own (ZeRO's count), float32 what Megatron-LM does.
     Cost: 2Ψ(P-1)/P elements a rank and step, however many backwards `no_sync` covers; keeps the weights, all gradients until
@@ -197,6 +191,14 @@ class Zero1:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's pieces by the names of the weights: the same names on every rank. A tied weight has one."""
         return ((name, flat.pieces[name]) for name, flat in self._of.items())
+
+    def build_optimizer(self, config: TrainConfig) -> torch.optim.Optimizer:
+        """The configuration's optimizer, for the pieces. Raises: ValueError for one that looks at whole matrices."""
+        why = {"muon": "it orthogonalises whole matrices", "adafactor": "it averages over rows and columns"}.get(config.optimizer)
+        if why:
+            raise ValueError(f"optimizer = {config.optimizer!r} with ZeRO: {why}, and a rank has a part of the elements. Use "
+                             f"\"fused\" or \"by_hand\".")
+        return build_optimizer(self.named_parameters(), config)
 
     def no_sync(self) -> AbstractContextManager:
         """Around all but the last backward of a step; gradients are added up here whatever it covers, and sent by `finish`."""

@@ -1,0 +1,153 @@
+"""ZeRO-Offload and ZeRO-Infinity: what a GPU has no room for lies in the host's memory, or in files.
+
+`Offload` is zero2 with each rank's part elsewhere: gradients go to the host as they come in, master weights and moments live
+there, the host's cores do the update, and the new 16-bit weights come back. On the GPU stay 2Ψ bytes of weights and two buckets
+of gradients; over the bus go 2Ψ/P down and 2Ψ/P up a step. On one GPU, whose group is None, nothing else is sent.
+Copies have a stream of their own and memory that the system cannot move (pinned), so backward goes on while gradients leave,
+and the host updates the next flat tensor while the last one's weights come. On a CPU the same code copies plainly.
+`Infinity` puts masters and moments in memory-mapped files: a thread reads the next flat tensor's while one is updated, and
+writes back the last one's. Of the states, three flat tensors' are in memory at most.
+Sources: arXiv:2101.06840 §4 (Offload), arXiv:2104.07857 §5.1 (Infinity). Left out: the update delayed by a step, which hides
+it behind the next forward; and of Infinity, parameters and activations elsewhere, and reads around the page cache.
+"""
+
+import mmap
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minillm.parallel.data_parallel import Group, Pending
+from minillm.parallel.zero1 import Flat
+from minillm.parallel.zero2 import Zero2
+
+
+class HostFlat(Flat):
+    """A flat tensor whose master weights and gradients are in the host's memory."""
+
+    _landing: tuple[Tensor, "torch.cuda.Event | None"] | None = None
+
+    def hold(self, given: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+        """Always a copy, on the host."""
+        self._stream = torch.cuda.Stream(given.device) if given.is_cuda else None
+        return self._to_host(given, torch.promote_types(self.part.dtype, torch.float32), wait=True)
+
+    def keep(self, part: Float[Tensor, "n"]) -> None:
+        """Let the gradient set out for the host, without waiting for it."""
+        self.settle()
+        with self._aside():
+            landing = self._to_host(part, part.dtype, wait=False)
+        if self._stream:
+            part.record_stream(self._stream)  # its memory must not be used again before it is read
+        self._landing = landing, self._stream.record_event() if self._stream else None
+
+    def settle(self) -> None:
+        """Wait for a gradient that is on its way, and add it up."""
+        if self._landing:
+            (landing, arrived), self._landing = self._landing, None
+            if arrived:
+                arrived.synchronize()
+            super().keep(landing)
+
+    def write_back(self) -> None:
+        """Round on the host, and let the weights set out; what the GPU does next waits for them, the host does not."""
+        rounded = self._to_host(self.master, self.part.dtype, wait=True)
+        with self._aside():
+            self.part.copy_(rounded, non_blocking=True)
+        if self._stream:
+            torch.cuda.current_stream(self.part.device).wait_stream(self._stream)
+
+    def _to_host(self, given: Tensor, dtype: torch.dtype, wait: bool) -> Tensor:
+        there = torch.empty(given.shape, dtype=dtype, pin_memory=self._stream is not None)
+        return there.copy_(given, non_blocking=not wait)
+
+    def _aside(self) -> AbstractContextManager:
+        """Work on the stream for copies, after what has been asked of the GPU so far."""
+        if self._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self.part.device))
+        return torch.cuda.stream(self._stream)
+
+
+class Offload(Zero2):
+    """As `Zero2`, with gradients, master weights and the optimizer's states on the host. Build the optimizer as there.
+
+    Cost: keeps the weights and two buckets of gradients on the GPU; over the bus go a P-th of the gradients in each backward,
+    and a P-th of the weights in each step.
+    """
+
+    flat = HostFlat
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Wait for the gradients that still travel, between ranks and to the host. Raises: as `Zero1.finish`."""
+        super().finish()
+        for flat in self.flats:
+            flat.settle()
+
+
+class Infinity(Offload):
+    """As `Offload`, with master weights and the optimizer's states in files of this rank's own in `folder`, which must exist.
+
+    Files are scratch: they hold nothing that a checkpoint would not.
+    Cost: reads and writes a P-th of the states in each step; keeps at most three flat tensors' of them in memory.
+    """
+
+    def __init__(self, model: nn.Module, group: Group | None, folder: Path, **options):
+        super().__init__(model, group, **options)
+        self._folder, self._thread = Path(folder), ThreadPoolExecutor(1)
+        self._maps: dict[tuple[int, str], tuple[mmap.mmap, Tensor]] = {}  # by flat tensor and what it is
+        self._coming: dict[int, Future] = {}
+        for number, flat in enumerate(self.flats):
+            flat.master = self._map(number, "master").copy_(flat.master)
+            for name, view in flat.cut(flat.master).items():
+                flat.pieces[name].data = view
+            self._put_away(number)
+
+    def _update(self, flat: Flat, optimizer: torch.optim.Optimizer) -> None:
+        """Ask for the next one's states, wait for these, update, and move states that are new or loaded to files."""
+        number = self.flats.index(flat)
+        for one in (number, (number + 1) % len(self.flats)):
+            if one not in self._coming:
+                self._coming[one] = self._thread.submit(self._fetch, one)
+        self._coming.pop(number).result()
+        super()._update(flat, optimizer)
+        for slot in {slot for piece in flat.pieces.values() for slot in optimizer.state[piece]} - {"step"}:
+            views = flat.cut(self._map(number, slot))
+            for name, piece in flat.pieces.items():
+                state = optimizer.state[piece]
+                if state[slot].data_ptr() != views[name].data_ptr():
+                    state[slot] = views[name].copy_(state[slot])
+
+    def _publish(self, flat: Flat) -> Pending | None:
+        work = super()._publish(flat)
+        self._thread.submit(self._put_away, self.flats.index(flat))
+        return work
+
+    def _map(self, number: int, what: str) -> Float[Tensor, "n"]:
+        """The file's tensor; the file is made, at its full size, the first time."""
+        if (number, what) not in self._maps:
+            flat = self.flats[number]
+            size = flat.length * flat.master.element_size()
+            with open(self._folder / f"rank{flat.rank}-{number}-{what}", "wb+") as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and no crash later
+                memory = mmap.mmap(file.fileno(), size)
+            self._maps[number, what] = memory, torch.frombuffer(memory, dtype=flat.master.dtype)
+        return self._maps[number, what][1]
+
+    def _fetch(self, number: int) -> None:
+        """Read a number from each page, so that the system brings them all."""
+        for (one, _), (_, tensor) in list(self._maps.items()):
+            if one == number:
+                tensor[::mmap.PAGESIZE // tensor.element_size()].sum()
+
+    def _put_away(self, number: int) -> None:
+        """Write back what has changed, and give the memory back."""
+        for (one, _), (memory, _) in list(self._maps.items()):
+            if one == number:
+                memory.flush()
+                memory.madvise(mmap.MADV_DONTNEED)

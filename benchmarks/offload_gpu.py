@@ -54,7 +54,7 @@ WAYS = {"whole": whole,
 def train(way: str, weights: dict, config: ModelConfig, device: str, steps: int) -> dict:
     """Losses, peak bytes on the GPU, and seconds of the fastest step."""
     model = Transformer(config, device="meta")
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
     model.head.weight = model.embed.weight
     with tempfile.TemporaryDirectory() as folder:
         finish, step = WAYS[way](model.to(device), folder)

@@ -5,16 +5,18 @@ there, the host's cores do the update, and the new 16-bit weights come back. On 
 of gradients; over the bus go 2Ψ/P down and 2Ψ/P up a step. On one GPU, whose group is None, nothing else is sent.
 Copies have a stream of their own and memory that the system cannot move (pinned), so backward goes on while gradients leave,
 and the host updates the next flat tensor while the last one's weights come. On a CPU the same code copies plainly.
-`Infinity` puts masters and moments in memory-mapped files: a thread reads the next flat tensor's while one is updated, and
-writes back the last one's. Of the states, three flat tensors' are in memory at most.
+`Infinity` puts masters and moments in memory-mapped files: a thread reads the next flat tensor's while one is updated, whose
+pages are then given back. Of the states, two flat tensors' are in a rank's memory at most.
 Sources: arXiv:2101.06840 §4 (Offload), arXiv:2104.07857 §5.1 (Infinity). Left out: the update delayed by a step, which hides
 it behind the next forward; and of Infinity, parameters and activations elsewhere, and reads around the page cache.
 """
 
 import mmap
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,6 +75,48 @@ class HostFlat(Flat):
         return torch.cuda.stream(self._stream)
 
 
+class FileFlat(HostFlat):
+    """A flat tensor whose master weights and states are in memory-mapped files."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *args, folder: Path):
+        self._name, self._folder = next(iter(parameters)), folder
+        self._maps: dict[str, tuple[mmap.mmap, Tensor]] = {}
+        super().__init__(parameters, *args)
+
+    def hold(self, given: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+        """A copy in a file."""
+        master = self.map("master", super().hold(given))
+        self.put_away()
+        return master
+
+    def map(self, what: str, like: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+        """A tensor in a file, which is made with these numbers, at its full size, the first time."""
+        if what not in self._maps:
+            with open(self._folder / f"rank{self.rank}-{self._name}-{what}", "wb+") as file:
+                os.posix_fallocate(file.fileno(), 0, like.nbytes)  # a full disk is an error here, and no crash later
+                memory = mmap.mmap(file.fileno(), like.nbytes)
+            self._maps[what] = memory, torch.frombuffer(memory, dtype=like.dtype).copy_(like)
+        return self._maps[what][1]
+
+    def adopt(self, states: Mapping[nn.Parameter, dict[str, Tensor]]) -> None:
+        """Move an optimizer's states that are new, or were loaded, to files."""
+        for slot in {slot for piece in self.pieces.values() for slot in states[piece]} - {"step"}:
+            views = self.cut(self.map(slot, torch.zeros_like(self.master)))
+            for name, piece in self.pieces.items():
+                if states[piece][slot].data_ptr() != views[name].data_ptr():
+                    states[piece][slot] = views[name].copy_(states[piece][slot])
+
+    def fetch(self) -> None:
+        """Read a number from each page, so that the system brings them all."""
+        for _, tensor in list(self._maps.values()):
+            tensor[::mmap.PAGESIZE // tensor.element_size()].sum()
+
+    def put_away(self) -> None:
+        """Give the memory back; the system writes what has changed to the files when it wants the pages."""
+        for memory, _ in self._maps.values():
+            memory.madvise(mmap.MADV_DONTNEED)
+
+
 class Offload(Zero2):
     """As `Zero2`, with gradients, master weights and the optimizer's states on the host. Build the optimizer as there.
 
@@ -94,60 +138,24 @@ class Infinity(Offload):
     """As `Offload`, with master weights and the optimizer's states in files of this rank's own in `folder`, which must exist.
 
     Files are scratch: they hold nothing that a checkpoint would not.
-    Cost: reads and writes a P-th of the states in each step; keeps at most three flat tensors' of them in memory.
+    Cost: reads and writes a P-th of the states in each step; keeps two flat tensors' of them in memory.
     """
 
     def __init__(self, model: nn.Module, group: Group | None, folder: Path, **options):
+        self.flat = partial(FileFlat, folder=Path(folder))
         super().__init__(model, group, **options)
-        self._folder, self._thread = Path(folder), ThreadPoolExecutor(1)
-        self._maps: dict[tuple[int, str], tuple[mmap.mmap, Tensor]] = {}  # by flat tensor and what it is
-        self._coming: dict[int, Future] = {}
-        for number, flat in enumerate(self.flats):
-            flat.master = self._map(number, "master").copy_(flat.master)
-            for name, view in flat.cut(flat.master).items():
-                flat.pieces[name].data = view
-            self._put_away(number)
+        self._thread, self._coming = ThreadPoolExecutor(1), {}
 
     def _update(self, flat: Flat, optimizer: torch.optim.Optimizer) -> None:
-        """Ask for the next one's states, wait for these, update, and move states that are new or loaded to files."""
-        number = self.flats.index(flat)
-        for one in (number, (number + 1) % len(self.flats)):
-            if one not in self._coming:
-                self._coming[one] = self._thread.submit(self._fetch, one)
-        self._coming.pop(number).result()
+        """Let the next one's states set out, wait for these, and update."""
+        for one in (flat, self.flats[(self.flats.index(flat) + 1) % len(self.flats)]):
+            if id(one) not in self._coming:
+                self._coming[id(one)] = self._thread.submit(one.fetch)
+        self._coming.pop(id(flat)).result()
         super()._update(flat, optimizer)
-        for slot in {slot for piece in flat.pieces.values() for slot in optimizer.state[piece]} - {"step"}:
-            views = flat.cut(self._map(number, slot))
-            for name, piece in flat.pieces.items():
-                state = optimizer.state[piece]
-                if state[slot].data_ptr() != views[name].data_ptr():
-                    state[slot] = views[name].copy_(state[slot])
+        flat.adopt(optimizer.state)
 
     def _publish(self, flat: Flat) -> Pending | None:
         work = super()._publish(flat)
-        self._thread.submit(self._put_away, self.flats.index(flat))
+        flat.put_away()
         return work
-
-    def _map(self, number: int, what: str) -> Float[Tensor, "n"]:
-        """The file's tensor; the file is made, at its full size, the first time."""
-        if (number, what) not in self._maps:
-            flat = self.flats[number]
-            size = flat.length * flat.master.element_size()
-            with open(self._folder / f"rank{flat.rank}-{number}-{what}", "wb+") as file:
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and no crash later
-                memory = mmap.mmap(file.fileno(), size)
-            self._maps[number, what] = memory, torch.frombuffer(memory, dtype=flat.master.dtype)
-        return self._maps[number, what][1]
-
-    def _fetch(self, number: int) -> None:
-        """Read a number from each page, so that the system brings them all."""
-        for (one, _), (_, tensor) in list(self._maps.items()):
-            if one == number:
-                tensor[::mmap.PAGESIZE // tensor.element_size()].sum()
-
-    def _put_away(self, number: int) -> None:
-        """Write back what has changed, and give the memory back."""
-        for (one, _), (memory, _) in list(self._maps.items()):
-            if one == number:
-                memory.flush()
-                memory.madvise(mmap.MADV_DONTNEED)

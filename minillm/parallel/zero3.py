@@ -88,14 +88,17 @@ class Zero3(Zero2):
             self._drop(number)
 
     def _begin_backward(self, number: int) -> None:
+        """The gradient of a unit's output is there; a frozen weight in the unit behind it may have been in use until now."""
+        if number and not _all_trained(self.flats[number - 1]):
+            self._drop(number - 1)
         if number not in self._backward:
             self._backward.add(number)
             self._before(number, number + 1)
 
     def _leave(self, full: Flat) -> None:
-        """Its gradients are all there, so its weights have done their work."""
+        """The gradients of a unit are all there, so its weights have done their work."""
         super()._leave(full)
-        if full.bucket is None and any(p.requires_grad for p in full.parameters.values()):
+        if _all_trained(full):
             self._drop(self.flats.index(full))
 
     @torch.no_grad()
@@ -127,6 +130,10 @@ class Zero3(Zero2):
 
     def _publish(self, flat: Flat) -> Pending | None:
         flat.write_back()
+
+
+def _all_trained(flat: Flat) -> bool:
+    return all(parameter.requires_grad for parameter in flat.parameters.values())
 
 
 def fully_shard(model: nn.Module, group: Group, **options) -> Zero3:

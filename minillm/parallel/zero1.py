@@ -181,6 +181,7 @@ class Zero1:
         self.model, self.group, self.bucket_bytes = model, group, bucket_bytes
         self.flats = [self.flat(some, group, wire, dtype, gradients, self.shared) for some in self._split()]
         self._of = {name: flat for flat in self.flats for name in flat.pieces}
+        self.pieces = {name: flat.pieces[name] for name, flat in self._of.items()}
         if dtype:
             model.to(dtype)  # buffers, and what is frozen
         self._hooks = [parameter.register_post_accumulate_grad_hook(lambda _, flat=flat, name=name: self._arrived(flat, name))
@@ -190,7 +191,7 @@ class Zero1:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's pieces by the names of the weights: the same names on every rank. A tied weight has one."""
-        return ((name, flat.pieces[name]) for name, flat in self._of.items())
+        return iter(self.pieces.items())
 
     def build_optimizer(self, config: TrainConfig) -> torch.optim.Optimizer:
         """The configuration's optimizer, for the pieces. Raises: ValueError for one that looks at whole matrices."""
@@ -272,6 +273,12 @@ class Zero1:
         for flat in self.flats:
             for name, piece in flat.pieces.items():
                 piece.copy_(_piece(flat, name, dense[name]))
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Make the pieces the model's weights, after they were set by hand."""
+        for flat in self.flats:
             wait(self._publish(flat))
 
     def _split(self) -> Iterable[dict[str, nn.Parameter]]:

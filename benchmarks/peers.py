@@ -16,9 +16,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from minillm.config import ModelConfig
 from minillm.model.families import preset
 
-# The two sizes of all tables; batch is what training uses.
+# The two sizes of all tables on CPUs, and GPT-2's for GPUs; batch is what training uses.
 SIZES = {"A": dict(layers=4, heads=4, width=128, context=256, vocab_size=1024),
-         "B": dict(layers=6, heads=6, width=384, context=256, vocab_size=4096)}
+         "B": dict(layers=6, heads=6, width=384, context=256, vocab_size=4096),
+         "124M": dict(layers=12, heads=12, width=768, context=1024, vocab_size=50304)}
+HIDDEN = {"A": 344, "B": 1024, "124M": 2048}
 BATCH = {"A": 16, "B": 8}
 ENDS = dict(bos_token_id=0, eos_token_id=None)
 
@@ -27,7 +29,7 @@ def ours(size: str, family: str) -> ModelConfig:
     """Our configuration of a size: LLaMA with a tied head, or GPT-2."""
     if family == "gpt2":
         return preset("gpt2", **SIZES[size])
-    return replace(preset("llama-7b", **SIZES[size]), ffn_width={"A": 344, "B": 1024}[size], tied=True)
+    return replace(preset("llama-7b", **SIZES[size]), ffn_width=HIDDEN[size], tied=True)
 
 
 def hf_llama(size: str) -> nn.Module:

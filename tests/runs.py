@@ -3,8 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from minillm.config import ParallelConfig, TrainConfig
-from minillm.data.loader import Loader
+from minillm.data.loader import Batch, Loader
 from minillm.data.prepare import DataConfig, Prepared, prepare
 from minillm.engine import Engine
 from minillm.model.families import preset
@@ -25,3 +27,19 @@ def trainer(data: Prepared, run: Path, model=TINY, parallel=ParallelConfig(), **
     engine = Engine(model, plan, parallel)
     loader = Loader(data.train, plan.batch_size, model.context, seed=plan.seed, rank=engine.rank, ranks=engine.ranks)
     return Trainer(engine, loader, data.val, run, tokenizer=data.tokenizer)
+
+
+def batch(seed=0, rows=4) -> Batch:
+    """Random ids below 300, 32 a row."""
+    ids = torch.randint(0, 300, (rows, 33), generator=torch.Generator().manual_seed(seed))
+    return Batch(ids[:, :-1].clone(), ids[:, 1:].clone())
+
+
+def losses(engine, steps=5) -> list[float]:
+    """The loss of each of some steps of training."""
+    found = []
+    for step in range(steps):
+        found.append(float(engine.forward_backward(batch(step))))
+        engine.clip(1.0)
+        engine.step()
+    return found

@@ -13,12 +13,7 @@ from minillm.model.huggingface import CheckpointError
 from minillm.model.transformer import Transformer
 from minillm.train.loss import cross_entropy
 from minillm.train.schedule import learning_rate
-from runs import PLAN, TINY
-
-
-def batch(seed=0, rows=4):
-    ids = torch.randint(0, 300, (rows, 33), generator=torch.Generator().manual_seed(seed))
-    return Batch(ids[:, :-1].clone(), ids[:, 1:].clone())
+from runs import PLAN, TINY, batch, losses
 
 
 def gradients(engine):
@@ -43,15 +38,6 @@ def test_microbatches_give_the_gradient_of_the_whole_batch():
     by_hand.backward()  # on top of what is there: twice the same
     for name, gradient in gradients(whole).items():
         torch.testing.assert_close(gradient, 2 * expected[name], rtol=1e-10, atol=1e-12)
-
-
-def losses(engine, steps=5):
-    found = []
-    for step in range(steps):
-        found.append(float(engine.forward_backward(batch(step))))
-        engine.clip(1.0)
-        engine.step()
-    return found
 
 
 def test_the_optimizer_by_hand_trains_like_torchs():
@@ -188,9 +174,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
 from minillm.engine import Engine
-from runs import PLAN, TINY
-import test_engine
-eager, compiled = (test_engine.losses(Engine(TINY, replace(PLAN, compile=c)), 2) for c in (False, True))
+from runs import PLAN, TINY, losses
+eager, compiled = (losses(Engine(TINY, replace(PLAN, compile=c)), 2) for c in (False, True))
 # float32, operations fused in another order
 assert all(abs(a - b) < 1e-5 * abs(a) for a, b in zip(eager, compiled, strict=True)), (eager, compiled)
 """

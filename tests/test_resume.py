@@ -131,7 +131,8 @@ def cut(data, whole):
     """(place, number) -> how the run that was stopped there ended. Their folders are beside the whole one's."""
     places = [*PLACES, ("full disk", 3)]
     done = subprocess.run([sys.executable, "-c", SCRIPT, Path(__file__).parent, data.folder, whole.parent, json.dumps(places)],
-                          capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          capture_output=True, text=True, timeout=200, 
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})  # forks cannot use CUDA
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(places, json.loads(done.stdout), strict=True))
 

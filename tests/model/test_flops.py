@@ -76,7 +76,8 @@ def test_fused_attention_multiplies_five_times_backward():
 
     mapping = {ATEN._scaled_dot_product_flash_attention_for_cpu: forward,
                ATEN._scaled_dot_product_flash_attention_for_cpu_backward: backward}
-    for name in ("gpt2", "llama", "banded"):
+    grouped = torch.__version__ >= "2.13"  # older formulas refuse fewer KV heads than query heads
+    for name in ("gpt2", "llama", "banded") if grouped else ("gpt2",):
         config = CONFIGS[name]
         first, second = counted(Transformer(config), mapping)
         assert first.get_total_flops() == forward_flops(config, T)

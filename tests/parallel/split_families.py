@@ -86,7 +86,7 @@ def train(model, config, group=None, steps=10):
 
 
 def train_split(me, apply, steps):
-    """Training of each family (name -> steps), cut by `apply`; what rank 0 sees, and whether all ranks saw the same."""
+    """Training of each family (name -> steps), cut by `apply`; the device, and what rank 0 sees, which all ranks saw."""
     seen = {}
     for name, count in steps.items():
         config = CONFIGS[name]
@@ -96,14 +96,17 @@ def train_split(me, apply, steps):
     others = [torch.empty_like(losses) for _ in range(me.size)]
     dist.all_gather(others, losses, group=me.group)
     assert all(torch.equal(losses, other) for other in others)  # an all-reduce gives every rank the same bits
-    return {name: {key: tensor.cpu() for key, tensor in result.items()} for name, result in seen.items()} if me.rank == 0 else None
+    mine = {name: {key: tensor.cpu() for key, tensor in result.items()} for name, result in seen.items()}
+    return (me.device, mine) if me.rank == 0 else None
 
 
 def assert_like_dense(results, steps):
-    """Losses, norms, gradients and weights of split training are those of dense training."""
+    """Losses, norms, gradients and weights of split training are those of dense training on the same kind of device."""
+    device, results = results
     assert results.keys() == steps.keys() and results
     for name, count in steps.items():
-        dense = train(random_model(CONFIGS[name]), CONFIGS[name], steps=count)
+        dense = train(random_model(CONFIGS[name]).to(device.type), CONFIGS[name], steps=count)
+        dense = {key: tensor.cpu() for key, tensor in dense.items()}
         assert results[name].keys() == dense.keys()
         for key, wanted in dense.items():
             # float64: only the order of summation differs. A key bias without rotation has a gradient of 0 up to rounding

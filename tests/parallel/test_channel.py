@@ -1,6 +1,5 @@
 import socket
 
-import cloudpickle
 import pytest
 import torch
 
@@ -25,9 +24,8 @@ def test_messages_arrive_whole_however_they_are_cut():
 
 
 def test_functions_keep_the_names_of_their_files():
-    """cloudpickle alone drops them, and with them the lines of every traceback."""
+    """Some versions of cloudpickle drop them, and with them the lines of every traceback."""
     namespace = {}
     exec(compile("def f():\n    return lambda: 1", "/a/cell.py", "exec"), namespace)
     copy = unpack(pack(namespace["f"]))
     assert copy()() == 1 and copy.__code__.co_filename == copy().__code__.co_filename == "/a/cell.py"
-    assert cloudpickle.loads(cloudpickle.dumps(namespace["f"])).__code__.co_filename != "/a/cell.py"

@@ -29,12 +29,10 @@ from minillm.train.build import build_optimizer
 
 
 class Wire(NamedTuple):
-    """Who carries the parts. Both fill their first argument, and return what to wait for, or None when it is done."""
+    """Who carries: functions of (what is filled, what is sent, group), which return what to wait for, or None when done."""
 
     reduce_scatter: Callable[[Tensor, Tensor, Group], Pending | None]
-    """(part, whole, group)"""
     all_gather: Callable[[Tensor, Tensor, Group], Pending | None]
-    """(whole, part, group)"""
 
 
 def _torch(new: str, old: str) -> Callable[[Tensor, Tensor, Group], Pending]:
@@ -53,6 +51,12 @@ def ring(traffic: Traffic | None = None) -> Wire:
     def all_gather(whole: Tensor, part: Tensor, group: Group) -> None:
         whole.copy_(ring_all_gather(part, group, traffic=traffic))
     return Wire(reduce_scatter, all_gather)
+
+
+def wait(work: Pending | None) -> None:
+    """Wait for what a wire has started, if it is not done."""
+    if work is not None:
+        work.wait()
 
 
 class Flat:
@@ -76,12 +80,10 @@ class Flat:
         self.master = self.hold(self.mine(given))
         for name, parameter in self.parameters.items():
             parameter.data = self.place(self.whole, name)
-        self.gradients = gradients or self.whole.dtype
         self.pieces = {name: nn.Parameter(view, parameters[name].requires_grad) for name, view in self.cut(self.master).items()}
         for piece in self.pieces.values():
             piece.grad_dtype = None  # any: a 16-bit gradient waits as it is
-        self.bucket: Tensor | None = None
-        self._flying: tuple[Pending | None, Tensor, Tensor] | None = None
+        self.gradients, self.bucket, self._flying = gradients or self.whole.dtype, None, None
         self.reopen()
 
     def mine(self, whole: Shaped[Tensor, "P·n"]) -> Shaped[Tensor, "n"]:
@@ -95,8 +97,7 @@ class Flat:
 
     def place(self, whole: Shaped[Tensor, "P·n"], name: str) -> Shaped[Tensor, "..."]:
         """Where a weight is in a flat tensor, in its shape."""
-        first, end = self.spans[name]
-        return whole[first:end].view(self.parameters[name].shape)
+        return whole[slice(*self.spans[name])].view(self.parameters[name].shape)
 
     def span(self, name: str) -> tuple[int, int]:
         """First and end place of this rank's piece in the part."""
@@ -105,6 +106,11 @@ class Flat:
     def cut(self, part: Shaped[Tensor, "n"]) -> dict[str, Tensor]:
         """The pieces of a part, with as many dimensions as the weights have."""
         return {name: part[slice(*self.span(name))].view(-1, *[1] * (p.ndim - 1)) for name, p in self.parameters.items()}
+
+    def piece_of(self, name: str, dense: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """This rank's elements of a dense weight, in its piece's shape."""
+        first, end = (self.rank * self.length + place - self.spans[name][0] for place in self.span(name))
+        return dense.reshape(-1)[max(first, 0):max(end, 0)].view(self.pieces[name].shape)
 
     def take(self, name: str) -> None:
         """Add a parameter's gradient to the bucket, and drop it."""
@@ -116,21 +122,22 @@ class Flat:
 
     def reduce(self) -> None:
         """Send the bucket on its way: of the sum over ranks, each gets its part."""
-        bucket, self.bucket = self.bucket, None
-        part = torch.empty_like(self.mine(bucket)) if self.ranks > 1 else bucket
-        self._flying = (self.wire.reduce_scatter(part, bucket, self.group) if self.ranks > 1 else None, bucket, part)
+        bucket, self.bucket, work = self.bucket, None, None
+        part = bucket if self.ranks == 1 else torch.empty_like(self.mine(bucket))
+        if self.ranks > 1:
+            work = self.wire.reduce_scatter(part, bucket, self.group)
+        self._flying = work, bucket, part
         self.reopen()
 
     def land(self) -> None:
-        """Wait for the part, drop the bucket, and add to the pieces' gradients."""
+        """Wait for the part, and drop the bucket."""
         if self._flying:
-            work, _, part = self._flying
+            (work, _, part), self._flying = self._flying, None
             wait(work)
-            self._flying = None
             self.keep(part)
 
     def keep(self, part: Float[Tensor, "n"]) -> None:
-        """Give each piece its gradient."""
+        """Add a part to the pieces' gradients."""
         for name, grad in self.cut(part).items():
             piece = self.pieces[name]
             if piece.requires_grad:
@@ -145,52 +152,38 @@ class Flat:
         if self.part is not self.master:
             self.part.copy_(self.master)
 
-    def gather(self) -> Pending | None:
-        """Fill the whole with all ranks' parts."""
-        return self.wire.all_gather(self.whole, self.part, self.group) if self.ranks > 1 else None
-
-    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the pieces' names and shapes, brought together in the weights' shapes."""
-        names = [name for name in self.pieces if name in tensors]
-        if not names:
-            return {}
-        mine = torch.zeros(self.length, dtype=tensors[names[0]].dtype, device=self.whole.device)
-        cut = self.cut(mine)
-        for name in names:
-            cut[name].copy_(tensors[name])
-        whole = mine.new_empty(self.length * self.ranks) if self.ranks > 1 else mine
-        if self.ranks > 1:
-            wait(self.wire.all_gather(whole, mine, self.group))
-        return {name: self.place(whole, name).clone() for name in names}
+    def gather(self, whole: Shaped[Tensor, "P·n"], part: Shaped[Tensor, "n"]) -> Pending | None:
+        """Fill whole with all ranks' parts."""
+        return self.wire.all_gather(whole, part, self.group) if self.ranks > 1 else None
 
 
 class Zero1:
     """A model whose optimizer's states are shared out. In a step: backward, `finish`, `clip`, `step(optimizer)`.
 
-    The optimizer updates `named_parameters()`, which are this rank's pieces of the weights.
+    The optimizer updates `pieces`, this rank's parts of the weights by their names, which are the same on every rank.
     dtype: 16 bits, which the model is turned to; None leaves it as it is.   gradients: in what they are summed and kept; None
     is the weights' own (ZeRO's count), float32 what Megatron-LM does.
-    Cost: 2Ψ(P-1)/P elements a rank and step, however many backwards `no_sync` covers; keeps the weights, all gradients until
-    `finish`, and a P-th of master weights and states.
+    Cost: 2Ψ(P-1)/P elements a rank and step, however many backwards; keeps the weights, all gradients until `finish`, and a
+    P-th of master weights and states.
     """
 
     flat = Flat
+    shared = True  # whether a rank's part is a view of the whole weights, which stay
 
     def __init__(self, model: nn.Module, group: Group | None, *, dtype: torch.dtype | None = None,
                  gradients: torch.dtype | None = None, bucket_bytes: int = BUCKET_BYTES, wire: Wire = TORCH):
-        self.model, self.group, self.bucket_bytes = model, group, bucket_bytes
-        self.flats = [self.flat(some, group, wire, dtype, gradients, self.shared) for some in self._split()]
-        self._of = {name: flat for flat in self.flats for name in flat.pieces}
-        self.pieces = {name: flat.pieces[name] for name, flat in self._of.items()}
+        self.model, self.group = model, group
+        self.flats = [self.flat(some, group, wire, dtype, gradients, self.shared) for some in self._split(bucket_bytes)]
+        self.pieces = {name: piece for flat in self.flats for name, piece in flat.pieces.items()}
         if dtype:
             model.to(dtype)  # buffers, and what is frozen
-        self._hooks = [parameter.register_post_accumulate_grad_hook(lambda _, flat=flat, name=name: self._arrived(flat, name))
-                       for flat in self.flats for name, parameter in flat.parameters.items() if parameter.requires_grad]
-
-    shared = True  # between a rank's part and the whole weights, which stay
+        for flat in self.flats:
+            for name, parameter in flat.parameters.items():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(lambda _, flat=flat, name=name: self._arrived(flat, name))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's pieces by the names of the weights: the same names on every rank. A tied weight has one."""
+        """The pieces."""
         return iter(self.pieces.items())
 
     def build_optimizer(self, config: TrainConfig) -> torch.optim.Optimizer:
@@ -202,7 +195,7 @@ class Zero1:
         return build_optimizer(self.named_parameters(), config)
 
     def no_sync(self) -> AbstractContextManager:
-        """Around all but the last backward of a step; gradients are added up here whatever it covers, and sent by `finish`."""
+        """Around all but the last backward of a step, as with `Overlapped`. Here it changes nothing: `finish` sends."""
         return nullcontext()
 
     @torch.no_grad()
@@ -217,26 +210,21 @@ class Zero1:
             flat.land()
 
     @torch.no_grad()
-    def clip(self, max_norm: float) -> Float[Tensor, ""]:
-        """Scale the gradients so that their norm over all ranks is at most max_norm. Returns the norm before.
-
-        Cost: one all-reduce of one number.
-        """
-        pieces = [piece for _, piece in self.named_parameters()]
-        norm = self.norm()
-        torch.nn.utils.clip_grads_with_norm_(pieces, max_norm, norm)
-        return norm
-
-    @torch.no_grad()
     def norm(self) -> Float[Tensor, ""]:
-        """Of all gradients together, each element once."""
+        """Of all gradients together, each element once. Cost: one all-reduce of one number."""
         total = torch.zeros((), dtype=torch.float64, device=self.flats[0].whole.device)
-        for _, piece in self.named_parameters():
+        for piece in self.pieces.values():
             if piece.grad is not None:
                 total += piece.grad.to(torch.promote_types(piece.grad.dtype, torch.float32)).square().sum()
-        if self.group and dist.get_world_size(self.group) > 1:
+        if self.flats[0].ranks > 1:
             dist.all_reduce(total, group=self.group)
         return total.sqrt()
+
+    def clip(self, max_norm: float) -> Float[Tensor, ""]:
+        """Scale the gradients so that their norm over all ranks is at most max_norm. Returns the norm before."""
+        norm = self.norm()
+        torch.nn.utils.clip_grads_with_norm_(self.pieces.values(), max_norm, norm)
+        return norm
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -244,16 +232,14 @@ class Zero1:
 
         While one's weights travel the next is updated; of 16-bit gradients, one flat tensor's are float32 at a time.
         """
-        grads = {name: piece.grad for name, piece in self.named_parameters()}
+        grads, waiting = {name: piece.grad for name, piece in self.pieces.items()}, []
         optimizer.zero_grad(set_to_none=True)
-        waiting = []
         for flat in self.flats:
             for name, piece in flat.pieces.items():
                 grad = grads.pop(name)
                 piece.grad = grad if grad is None else grad.to(piece.dtype)
             self._update(flat, optimizer)
-            for piece in flat.pieces.values():
-                piece.grad = None
+            optimizer.zero_grad(set_to_none=True)
             waiting.append(self._publish(flat))
         for work in waiting:
             wait(work)
@@ -261,18 +247,28 @@ class Zero1:
     @torch.no_grad()
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Dense tensors from those of the pieces' names and shapes (the pieces, an optimizer's averages), on every rank."""
-        return {name: dense for flat in self.flats for name, dense in flat.collect(tensors).items()}
+        dense = {}
+        for flat in self.flats:
+            given = {name: tensors[name] for name in flat.pieces if name in tensors}
+            if given:
+                whole = torch.zeros_like(flat.whole, dtype=next(iter(given.values())).dtype)
+                part = torch.zeros_like(flat.mine(whole)) if flat.ranks > 1 else whole
+                for name, view in flat.cut(part).items():
+                    if name in given:
+                        view.copy_(given[name])
+                wait(flat.gather(whole, part))
+                dense |= {name: flat.place(whole, name).clone() for name in given}
+        return dense
 
     def part_of(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's pieces of dense tensors: `gather` backwards. Names that are no trained weight's are left out."""
-        return {name: _piece(self._of[name], name, whole) for name, whole in dense.items() if name in self._of}
+        return {name: flat.piece_of(name, dense[name]) for flat in self.flats for name in flat.pieces if name in dense}
 
     @torch.no_grad()
     def load(self, dense: Mapping[str, Tensor]) -> None:
-        """Take the weights of a dense model, whose every trained one must be there."""
-        for flat in self.flats:
-            for name, piece in flat.pieces.items():
-                piece.copy_(_piece(flat, name, dense[name]))
+        """Take the weights of a dense model."""
+        for name, part in self.part_of(dense).items():
+            self.pieces[name].copy_(part)
         self.publish()
 
     @torch.no_grad()
@@ -281,10 +277,10 @@ class Zero1:
         for flat in self.flats:
             wait(self._publish(flat))
 
-    def _split(self) -> Iterable[dict[str, nn.Parameter]]:
+    def _split(self, bucket_bytes: int) -> Iterable[dict[str, nn.Parameter]]:
         """What goes into each flat tensor: trained weights, those first whose gradients come first."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        return ({name: trained[name] for name in names} for names in plan_buckets(trained, self.bucket_bytes))
+        return ({name: trained[name] for name in names} for names in plan_buckets(trained, bucket_bytes))
 
     def _arrived(self, flat: Flat, name: str) -> None:
         """Backward has made a gradient."""
@@ -295,27 +291,14 @@ class Zero1:
         optimizer.step()
 
     def _publish(self, flat: Flat) -> Pending | None:
-        """Make new master weights the model's."""
         flat.write_back()
-        return flat.gather()
+        return flat.gather(flat.whole, flat.part)
 
     def _refuse_missing(self, flats: list[Flat]) -> None:
         missing = [name for flat in flats for name in flat.parameters if name in flat.missing]
         for flat in self.flats:
             flat.reopen()
         if missing:
-            raise ValueError(f"{len(missing)} of {len(self._of)} parameters got no gradient in this backward: {', '.join(missing)}. "
+            raise ValueError(f"{len(missing)} of {len(self.pieces)} parameters got no gradient in this backward: {', '.join(missing)}. "
                              f"Every rank must bring every gradient: use them in the loss, or freeze them by "
                              f"requires_grad_(False) before the model is shared out.")
-
-
-def wait(work: Pending | None) -> None:
-    """Wait for what a wire has started, if it is not done."""
-    if work is not None:
-        work.wait()
-
-
-def _piece(flat: Flat, name: str, dense: Tensor) -> Tensor:
-    """This rank's elements of a dense weight, in its piece's shape."""
-    first, end = (place + flat.rank * flat.length - flat.spans[name][0] for place in flat.span(name))
-    return dense.reshape(-1)[first:end].view(flat.pieces[name].shape) if end > first else dense.new_empty(flat.pieces[name].shape)

@@ -26,12 +26,13 @@ class Zero2(Zero1):
         """Wait for the bucket that still travels. Raises: as `Zero1.finish`."""
         self._land()
         short = not self._rounds or any(flat.bucket is not None for flat in self.flats)
-        waiting = self.flats[self._next:] if short else []
+        late = self.flats[self._next:] if short else []
         self._next = self._rounds = 0
-        self._refuse_missing(waiting)
+        self._refuse_missing(late)
 
+    @torch.no_grad()
     def _arrived(self, flat: Flat, name: str) -> None:
-        super()._arrived(flat, name)
+        flat.take(name)
         while self._next < len(self.flats) and not self.flats[self._next].missing:
             self._leave(self.flats[self._next])
             self._next += 1
@@ -40,14 +41,12 @@ class Zero2(Zero1):
 
     def _leave(self, full: Flat) -> None:
         """Send a bucket, once the one before it has come in."""
-        if full.bucket is not None:  # nothing of it is trained
+        if full.bucket is not None:  # else nothing of it is trained
             self._land()
-            with torch.no_grad():
-                full.reduce()
+            full.reduce()
             self._travels = full
 
     def _land(self) -> None:
         if self._travels:
-            with torch.no_grad():
-                self._travels.land()
+            self._travels.land()
             self._travels = None

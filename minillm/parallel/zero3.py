@@ -12,13 +12,13 @@ Source: arXiv:1910.02054 §5.3 and §7.2; the hooks: arXiv:2304.11277 §4. Diffe
 each weight; a 16-bit part beside the float32 one, as in the paper. Left out: models that never were whole on a rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from minillm.parallel.data_parallel import Group, Pending
+from minillm.parallel.data_parallel import Group
 from minillm.parallel.zero1 import TORCH, Flat, Wire, wait
 from minillm.parallel.zero2 import Zero2
 
@@ -38,18 +38,16 @@ class Zero3(Zero2):
         self._units = [*reversed(list(blocks)), model]
         super().__init__(model, group, dtype=dtype, gradients=gradients, wire=wire)
         self.reshard, self._coming, self._backward = reshard, {}, set()
-        named = dict(model.named_parameters(remove_duplicate=False))
-        whole = {id(parameter): (flat, name) for flat in self.flats for name, parameter in flat.parameters.items()}
-        self._slots: dict[int, list] = {id(flat): [] for flat in self.flats}  # (module, attribute, name in the flat tensor)
-        for path, parameter in named.items():  # a tied weight has several
-            (flat, name), (owner, _, leaf) = whole[id(parameter)], path.rpartition(".")
-            self._slots[id(flat)].append((model.get_submodule(owner), leaf, name))
-        for number, unit in enumerate(self._units):
+        places = {id(p): (number, name) for number, flat in enumerate(self.flats) for name, p in flat.parameters.items()}
+        self._slots: list[list] = [[] for _ in self.flats]  # (module, attribute, name in the flat tensor); tied: several
+        for path, parameter in model.named_parameters(remove_duplicate=False):
+            (number, name), (owner, _, leaf) = places[id(parameter)], path.rpartition(".")
+            self._slots[number].append((model.get_submodule(owner), leaf, name))
+        for number, unit in enumerate(self._units if self.flats[0].ranks > 1 else ()):
             unit.register_forward_pre_hook(lambda *_, number=number: self._before(number, number - 1))
             unit.register_forward_hook(lambda _module, _given, out, number=number: self._after(number, out))
         self._drop_all()
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Wait for the gradients that still travel. Raises: as `Zero1.finish`."""
         self._drop_all()
@@ -60,7 +58,7 @@ class Zero3(Zero2):
         self._drop_all()
         super().step(optimizer)
 
-    def _split(self) -> list[dict[str, nn.Parameter]]:
+    def _split(self, _) -> list[dict[str, nn.Parameter]]:
         """One flat tensor for each block, with what is frozen, and one for the rest."""
         left, flats = {p: name for name, p in self.model.named_parameters()}, []
         for unit in self._units:
@@ -75,7 +73,7 @@ class Zero3(Zero2):
         """A unit is about to run: bring its weights together, and let the next one's set out."""
         self._start(number)
         wait(self._coming.pop(number, None))
-        self._show(number)
+        self._show(number, self.flats[number].parameters)
         if 0 <= ahead < len(self.flats):
             self._start(ahead)
 
@@ -83,7 +81,7 @@ class Zero3(Zero2):
         """A unit's forward is done; inside backward, when a checkpointed forward runs again, its weights are needed still."""
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(lambda _, number=number: self._begin_backward(number))
+                tensor.register_hook(lambda _: self._begin_backward(number))
         if number not in self._backward and (self.reshard or not torch.is_grad_enabled()):
             self._drop(number)
 
@@ -103,32 +101,29 @@ class Zero3(Zero2):
 
     @torch.no_grad()
     def _start(self, number: int) -> None:
-        flat = self.flats[number]
-        if not flat.whole.untyped_storage().nbytes():
-            flat.whole.untyped_storage().resize_(flat.whole.numel() * flat.whole.element_size())
-            self._coming[number] = flat.gather()
+        whole = self.flats[number].whole
+        if not whole.untyped_storage().nbytes():
+            whole.untyped_storage().resize_(whole.numel() * whole.element_size())
+            self._coming[number] = self.flats[number].gather(whole, self.flats[number].part)
 
-    def _show(self, number: int) -> None:
-        """Put the whole weights into the model."""
-        for module, leaf, name in self._slots[id(self.flats[number])]:
-            module._parameters[leaf] = self.flats[number].parameters[name]
+    def _show(self, number: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Put whole weights, or pieces, into the model."""
+        for module, leaf, name in self._slots[number]:
+            module._parameters[leaf] = parameters[name]
 
     def _drop(self, number: int) -> None:
-        """Give the whole weights' memory back, and put the pieces into the model."""
+        """Give the whole weights' memory back."""
         wait(self._coming.pop(number, None))
         self._backward.discard(number)
-        flat = self.flats[number]
-        if flat.ranks == 1:  # the whole is the part
-            return
-        flat.whole.untyped_storage().resize_(0)
-        for module, leaf, name in self._slots[id(flat)]:
-            module._parameters[leaf] = flat.pieces[name]
+        if self.flats[number].ranks > 1:  # else the whole is the part
+            self.flats[number].whole.untyped_storage().resize_(0)
+            self._show(number, self.flats[number].pieces)
 
     def _drop_all(self) -> None:
         for number in range(len(self.flats)):
             self._drop(number)
 
-    def _publish(self, flat: Flat) -> Pending | None:
+    def _publish(self, flat: Flat) -> None:
         flat.write_back()
 
 

@@ -27,6 +27,7 @@ def jobs_of(size: str, batch: int) -> dict:
     options = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
     return {
         "minillm": lambda: generate(model, prompt, NEW, sampling=Sampling(temperature=0)),
+        "minillm, compiled": lambda: generate(model, prompt, NEW, sampling=Sampling(temperature=0), compiled=True),
         "HF, dynamic cache": lambda: theirs.generate(prompt, **options),
         "HF, static cache": lambda: theirs.generate(prompt, cache_implementation="static", disable_compile=True, **options),
         "floor": lambda: [F.linear(inputs[w.shape[1]], w) for _ in range(NEW) for w in weights],

@@ -116,6 +116,7 @@ def generation(rounds: int) -> None:
         prompt = torch.randint(0, 1000, (batch, PROMPT), device="cuda")
         seconds = wall({
             "minillm": lambda: generate(model, prompt, NEW, sampling=Sampling(temperature=0)),
+            "minillm, compiled": lambda: generate(model, prompt, NEW, sampling=Sampling(temperature=0), compiled=True),
             "HF, dynamic cache": lambda: theirs.generate(prompt, **options),
         }, rounds)
         for name, taken in seconds.items():

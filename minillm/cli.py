@@ -168,6 +168,8 @@ class Sample:
     """Repeat the same text."""
     uncached: bool = False
     """Read the whole text again for every token: the same tokens, slowly."""
+    compile: bool = False
+    """Compile the model first, for half a minute: faster after, which pays for long texts."""
 
     def run(self) -> int:
         """Print the text as it is written."""
@@ -179,7 +181,7 @@ class Sample:
         model, tokenizer = load_pretrained(folder).eval(), _tokenizer_of(folder)
         print(self.prompt, end="", flush=True)
         for piece in stream_text(model, tokenizer, self.prompt, self.max_new_tokens, sampling=sampling, stop=self.stop,
-                                 seed=self.seed, cached=not self.uncached):
+                                 seed=self.seed, cached=not self.uncached, compiled=self.compile):
             print(piece, end="", flush=True)
         print()
         return 0

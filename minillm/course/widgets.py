@@ -25,7 +25,7 @@ from minillm.plan.overlap import Sending, one_after_another, overlapped
 from minillm.plan.training import duration, short
 from minillm.text.bpe import BPETokenizer
 from minillm.text.bpe_train import merge_pair
-from minillm.train.scaling_law import ScalingLaw
+from minillm.course.scaling_law import ScalingLaw
 
 LEFT = "'text-align:left;padding-right:1em'"
 TINTS = ("#CFE4F5", "#FBE0C8", "#CDEBDD", "#F3DCE9", "#FBEFC9")

@@ -20,11 +20,12 @@ from minillm.model.transformer import Transformer
 def stream(model: Transformer, ids: Int[Tensor, "B T"], max_new_tokens: int, *, sampling: Sampling = Sampling(),
            stop_ids: Collection[int] = (), padding_mask: Bool[Tensor, "B T"] | None = None,
            prefix_len: int | Int[Tensor, "B"] | None = None, mask_pos: int | Int[Tensor, "B"] | None = None,
-           generator: torch.Generator | None = None, cached: bool = True) -> Iterator[Int[Tensor, "B"]]:
+           generator: torch.Generator | None = None, cached: bool = True, compiled: bool = False) -> Iterator[Int[Tensor, "B"]]:
     """Yield one token for every row, until `max_new_tokens` or until every row has stopped.
 
     A row that has stopped repeats its stop token. padding_mask: False on padding, which stands on the left.
     prefix_len, mask_pos: as in the model's call, for prompts that are read in both directions.
+    compiled: read single tokens by torch.compile: half a minute at first, and faster after, for long texts of small models.
     Raises: ValueError for an empty prompt, or more tokens than learned positions reach.
     """
     _check_room(model, ids, max_new_tokens)
@@ -33,19 +34,21 @@ def stream(model: Transformer, ids: Int[Tensor, "B T"], max_new_tokens: int, *, 
         weight = model.embed.weight
         cache = StaticCache(model.config, len(ids), ids.shape[1] + max_new_tokens, dtype=weight.dtype,
                             device=weight.device)
-    text, fresh = ids, ids
+    text, fresh, read = ids, ids, model
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     last = ids[:, -1]
     stops = torch.tensor(sorted(stop_ids), dtype=ids.dtype, device=ids.device)
     for _ in range(max_new_tokens):
         with torch.inference_mode():  # a sixth faster than no_grad; left before every yield
-            logits = model(fresh if cached else text, cache=cache, padding_mask=padding_mask, prefix_len=prefix_len,
-                           mask_pos=mask_pos)[:, -1]
+            logits = read(fresh if cached else text, cache=cache, padding_mask=padding_mask, prefix_len=prefix_len,
+                          mask_pos=mask_pos)[:, -1]
             token = choose(logits, sampling, text, generator)
             if len(stops):
                 token = torch.where(done, last, token)
                 done = done | torch.isin(token, stops)
             last, fresh = token, token[:, None]
+            if compiled and read is model:  # the prompt's length is new each time, and compiling for it would not pay
+                read = torch.compile(model)
             text = torch.cat((text, fresh), dim=1)
             if padding_mask is not None:
                 padding_mask = torch.cat((padding_mask, torch.ones_like(fresh, dtype=torch.bool)), dim=1)

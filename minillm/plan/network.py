@@ -4,7 +4,7 @@ A message of n bytes takes α + n·β seconds: α to start it, β = 1 / bandwidt
 send one message and receive another at once; the next round starts when the slowest message of this one is there. Adding up
 takes no time here. `rounds_of` lists every message and is exact in messages and bytes, for sizes that do not divide too
 (the algorithms and chunks are those of minillm/parallel/collectives.py); `COSTS` are the closed forms that follow from it.
-Links that several messages share are in topology.py. Sources: Hockney, "The communication challenge for MPP" (1994);
+Links that several messages share: minillm/course/topology.py. Sources: Hockney, "The communication challenge for MPP" (1994);
 Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH" (2005); Patarasuk and Yuan,
 "Bandwidth optimal all-reduce algorithms for clusters of workstations" (2009): no all-reduce sends less than 2(P-1)/P · n.
 """

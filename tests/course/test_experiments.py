@@ -11,7 +11,7 @@ from minillm.course.experiments import families, positions, scaling, spikes
 from minillm.data.loader import Loader
 from minillm.data.prepare import DataConfig, prepare
 from minillm.model.transformer import Transformer, num_params
-from minillm.train.scaling_law import fit_scaling_law, residuals
+from minillm.course.scaling_law import fit_scaling_law, residuals
 
 EXPERIMENTS = {"positions": positions, "families": families, "scaling": scaling, "spikes": spikes}
 

@@ -81,7 +81,7 @@ def test_a_number_is_drawn_in_every_format():
 def test_a_budget_is_spent_by_a_law():
     from minillm.course.widgets import budget_slider, render_budget
     from minillm.plan.devices import DEVICES
-    from minillm.train.scaling_law import CHINCHILLA
+    from minillm.course.scaling_law import CHINCHILLA
     page = render_budget(CHINCHILLA, 23.76, DEVICES["tpu-v4"], 512)
     assert "5.8e+23 operations" in page and "32.2B parameters" in page and "2.98T tokens, 93 a parameter" in page
     best, less, more = (CHINCHILLA.loss(n, 10 ** 23.76 / 6 / n) for n in (32.18e9, 16.09e9, 64.35e9))

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -118,3 +121,25 @@ def test_too_long_for_learned_positions_is_refused_before_it_starts():
         next(stream(GPT2, PROMPT, 59))
     with pytest.raises(ValueError, match="prompt is empty"):
         next(stream(GPT2, PROMPT[:, :0], 5))
+
+
+COMPILED = """
+import torch
+from minillm.infer.generate import generate
+from minillm.infer.sampling import Sampling
+from minillm.model.families import preset
+from minillm.model.transformer import Transformer
+for name in ("gpt2", "llama-7b"):
+    model = Transformer(preset(name, vocab_size=300, layers=2, width=64, heads=4, kv_heads=2, context=64, ffn_width=64), seed=3).double().eval()
+    for batch in (1, 3):
+        ids = torch.randint(0, 300, (batch, 5), generator=torch.Generator().manual_seed(batch))
+        eager, compiled = (generate(model, ids, 30, sampling=Sampling(temperature=0), compiled=c) for c in (False, True))
+        assert torch.equal(eager, compiled), (name, batch)  # float64: no near ties
+"""
+
+
+@pytest.mark.slow
+def test_compiled_writes_the_same_tokens():
+    """In a process of its own: the shape checks that this suite switches on cannot be compiled."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -28,7 +28,7 @@ from minillm.engine import Engine
 from minillm.model.families import preset
 from minillm.model.transformer import Transformer
 from minillm.train.loss import cross_entropy
-from minillm.train.scaling_law import Run
+from minillm.course.scaling_law import Run
 
 CONTEXT, SEEDS = 128, (0,)
 DATA = DataConfig(size=24_000_000)

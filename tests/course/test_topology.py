@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from minillm.plan.network import Link, predict, rounds_of
-from minillm.plan.topology import (
+from minillm.course.topology import (
     Flow, Topology, fair_rates, fat_tree, rail_rings, rails, ring, ring_all_reduce_run, run_rounds, transfer, tree)
 
 LINK = Link(1e-5, 1e9)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from minillm.train.scaling_law import CHINCHILLA, CHINCHILLA_REFITTED, ScalingLaw, fit_scaling_law, leave_one_out, residuals
+from minillm.course.scaling_law import CHINCHILLA, CHINCHILLA_REFITTED, ScalingLaw, fit_scaling_law, leave_one_out, residuals
 
 TRUE = ScalingLaw(E=0.3, A=500, alpha=0.55, B=300, beta=0.45)
 GRID = [(n, d) for n in (2.5e4, 5e4, 1.5e5) for d in (1e6, 2e6, 8e6)]

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from minillm.config import TrainConfig
 from minillm.parallel.collectives import Traffic
 from minillm.parallel.launch import launch
-from minillm.parallel.rank_error import RankError
-from minillm.parallel.zero1 import TORCH, Zero1, ring
+from minillm.parallel.zero1 import TORCH, Wire, Zero1, ring
 from minillm.parallel.zero2 import Zero2
 from minillm.parallel.zero3 import fully_shard
 from minillm.plan.memory import zero_bytes, zero_traffic
@@ -78,7 +77,7 @@ def batch(step, vocab=13):
 
 
 def share(me, step, vocab=13):
-    return batch(step, vocab).chunk(me.size)[me.rank]
+    return batch(step, vocab).chunk(me.size)[me.rank].to(me.device)
 
 
 def weights(model):
@@ -101,7 +100,7 @@ def dense(plan=PLAN, steps=10):
 
 def ours(me, stage, plan=PLAN, parts=1, wire=TORCH, steps=10, poison=False):
     """The same on ranks."""
-    model = Net().double()
+    model = Net().double().to(me.device)
     zero = build(stage, model, me.group, wire=wire)
     optimizer, found = zero.build_optimizer(plan), []
     if poison:
@@ -109,7 +108,7 @@ def ours(me, stage, plan=PLAN, parts=1, wire=TORCH, steps=10, poison=False):
             end = max(flat.span(name)[1] for name in flat.spans)
             flat.part.data[end:] = float("nan")
     for step in range(steps):
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=me.device)
         for number, ids in enumerate(share(me, step).chunk(parts)):
             loss = loss_of(model, ids)
             if number < parts - 1:
@@ -138,7 +137,7 @@ def same(ours, theirs):
 def close(ours, theirs):
     assert ours.keys() == theirs.keys() and len(ours) == 19
     for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours[name].cpu(), expected, rtol=1e-9, atol=1e-12)
 
 
 def against_one_process(me):
@@ -269,6 +268,18 @@ def zero3_in_use(me):
                 torch.testing.assert_close(found[name], expected, rtol=1e-11, atol=1e-13)
 
 
+def order(me):
+    """What happens in one step of zero3: collectives when they start, blocks when their forward has ended."""
+    seen, model = [], Net().double()
+    wire = Wire(lambda *given: seen.append("reduce") or TORCH.reduce_scatter(*given),
+                lambda *given: seen.append("gather") or TORCH.all_gather(*given))
+    fully_shard(model, me.group, wire=wire)
+    for number, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, number=number: seen.append(number))
+    loss_of(model, share(me, 0)).backward()
+    return seen
+
+
 def freed(zero, model):
     """Whether the model has nothing but pieces."""
     shown = dict(model.named_parameters())
@@ -325,7 +336,7 @@ def everything(me):
     loaded(me)
     return {"traffic": {(stage, parts): traffic(me, stage, parts) for stage in STAGES for parts in (1, 2)},
             "live": {(stage, kept): live(me, stage, kept) for stage in STAGES for kept in (None, torch.float32)[:stage - 1 or 1]},
-            "narrow": narrow(me), "mistakes": mistakes(me)}
+            "narrow": narrow(me), "mistakes": mistakes(me), "order": order(me)}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -363,6 +374,12 @@ def test_sixteen_bits_with_master_weights(ranks):
             assert losses == pytest.approx(one, rel=2e-3) and losses[-1] < losses[0] - 1
 
 
+def test_the_next_block_is_on_its_way_while_one_runs(ranks):
+    forward = ["gather", "gather", "gather", 0, "gather", 1, 2]  # the rest and block 0; then 1 before 0 has run
+    backward = ["gather", "gather", "gather", "reduce", "gather", "reduce", "reduce", "reduce"]  # the rest, 2, 1; then 2's gradients
+    assert all(rank["order"] == forward + backward for rank in ranks)
+
+
 def test_mistakes_are_named(ranks):
     for rank in ranks:
         *texts, mixed = rank["mistakes"]
@@ -371,3 +388,12 @@ def test_mistakes_are_named(ranks):
             assert "1 of 20 parameters got no gradient in this backward: blocks.1.spare." in spare
             assert "optimizer = 'muon' with ZeRO: it orthogonalises whole matrices" in muon
         assert "a block has parameters in 2 formats (torch.float" in mixed
+
+
+def on_devices(me):
+    for stage in STAGES:
+        same(ours(me, stage, steps=2), dense(steps=2))
+
+
+def test_on_every_backend(backend):
+    launch(on_devices, 4, backend=backend)

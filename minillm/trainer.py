@@ -183,7 +183,7 @@ class Trainer:
         """
         checkpoint = load_checkpoint(folder)
         self._check_same(checkpoint.folder, checkpoint.notes)
-        weights = load_pretrained(folder, dtype=self.engine.model.embed.weight.dtype).state_dict()
+        weights = load_pretrained(folder, dtype=next(self.engine.model.parameters()).dtype).state_dict()
         self.engine.load_weights(weights)
         self.engine.load_state_dict(checkpoint.tensors)
         self.loader.load_state_dict(checkpoint.notes["loader"])

@@ -47,7 +47,7 @@ def first_run(request) -> int:
                          f"{Path(sys.executable).with_name('torchrun')} --nproc-per-node {ranks} -m minillm "
                          f"train {axes} and your other options.")
     if ranks != started:
-        fits, rest = divmod(started, request.parallel.tp)
+        fits, rest = divmod(started, request.parallel.tp * request.parallel.pp)
         raise ValueError(f"{started} ranks have been started, and the layout has {ranks}: "
                          + ("start with" if rest or not fits else f"add --parallel.dp {fits}, or start with")
                          + f" --nproc-per-node {ranks}.")

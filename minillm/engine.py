@@ -184,6 +184,10 @@ class Engine:
             mine = gather_dense(self.model, self.tensor_group, mine)
         return gather_stages(mine, self.pipe_group, self.device) if self.pipe_group else mine
 
+    def _part(self, name: str, dense: Tensor) -> Tensor:
+        """What this rank holds of a dense tensor by a parameter's name."""
+        return part_of(self.model, self.tensor_group, {name: dense})[name] if self.tensor_group else dense
+
     def _join(self, mesh: DeviceMesh | None) -> None:
         """Find this rank's place, begin with the weights of the first, and keep this rank's part of them."""
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -276,8 +280,7 @@ class Engine:
         for key, value in tensors.items():
             slot, _, name = key.partition("/")
             if name in saved:
-                if self.tensor_group and slot != "step":
-                    value = part_of(self.model, self.tensor_group, {name: value})[name]
+                value = value if slot == "step" else self._part(name, value)
                 saved[name][slot] = value.to(self.device, copy=True)  # else the next step would change the caller's tensors
         if self.masters:
             for name, weight in self.weights.items():

@@ -1,0 +1,126 @@
+"""The engine with ZeRO, alone and with tensor and pipeline ranks, against one process. One launch per number of ranks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ranks import functions_travel_by_value  # noqa: F401  a fixture
+from steps import dense_of, like_one_process, resumed, share, trained
+
+from minillm.config import ParallelConfig
+from minillm.model.transformer import Transformer
+from minillm.parallel.launch import launch
+from minillm.torch_engine import build_engine
+from minillm.zero_engine import ZeroEngine
+from runs import PLAN, TINY
+
+MODEL = replace(TINY, layers=3, tied=True, norm="layer", bias=("qkv", "out", "mlp", "norm"))
+BASE = replace(PLAN, batch_size=8, microbatch_size=2, lr=1e-2, clip_norm=0.1)
+NARROW = {"bf16": replace(BASE, precision="bf16"), "bf16 + masters": replace(BASE, precision="bf16", master_weights=True),
+          "fp16 + masters": replace(BASE, precision="fp16", master_weights=True)}
+LAYOUTS = {2: [dict(zero=1), dict(zero=2), dict(zero=3)],
+           4: [dict(tp=2, zero=1), dict(pp=2, zero=1), dict(tp=2, sequence_parallel=True, zero=3)],
+           8: [dict(tp=2, pp=2, zero=1)]}
+
+
+def twice(parallel=ParallelConfig()):
+    """Two batches before one step."""
+    engine = build_engine(Transformer(MODEL, seed=3).double(), BASE, parallel)
+    for step in range(2):
+        engine.forward_backward(share(engine, step))
+    return dense_of(engine, {name: weight.grad for name, weight in engine.weights.items()})
+
+
+def overflow_on_one_rank(me, parallel):
+    """Step 2 has an infinite gradient on the last rank only."""
+    engine, found = build_engine(MODEL, NARROW["fp16 + masters"], parallel), []
+    for step in range(3):
+        engine.forward_backward(share(engine, step))
+        if step == 1 and me.rank == me.size - 1:
+            next(w.grad for w in engine.weights.values() if w.numel()).view(-1)[0] = float("inf")
+        found.append((engine.step(), engine.scaler.scale))
+    return found
+
+
+def everything(me, layouts, dense):
+    found = []
+    for layout in layouts:
+        parallel = ParallelConfig(dp=2, **layout, bucket_mb=0.01)
+        found.append({"run": trained(MODEL, BASE, parallel), "evaluated": 1e-6 if parallel.pp > 1 else 1e-9,
+                      "twice": twice(parallel), "resumed": resumed(MODEL, BASE, dense, parallel),
+                      "overflow": overflow_on_one_rank(me, parallel)})
+        if me.size == 2:
+            found[-1]["narrow"] = {name: trained(MODEL, plan, parallel, wide=False) for name, plan in NARROW.items()}
+    return found if me.rank in (0, me.size - 1) else None
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return trained(MODEL, BASE)
+
+
+@pytest.fixture(scope="module", params=[2, 4, pytest.param(8, marks=pytest.mark.slow)])
+def results(request, dense):
+    """Of the first and the last rank, for each layout."""
+    found = launch(everything, request.param, LAYOUTS[request.param], dense, backend="gloo", timeout=100)
+    return [*found[0], *found[-1]]
+
+
+def test_ten_steps_are_those_of_one_process(results, dense):
+    for rank in results:
+        like_one_process(rank["run"], dense, evaluated=rank["evaluated"])
+
+
+def test_a_rank_holds_its_share(results, dense):
+    for rank in results:  # pieces of two data ranks, and padding
+        assert rank["run"]["held"] < 0.51 * dense["held"]
+
+
+def test_what_two_batches_add_up_to(results):
+    wanted = twice()
+    for rank in results:
+        assert rank["twice"].keys() == wanted.keys()
+        for name, expected in wanted.items():
+            torch.testing.assert_close(rank["twice"][name], expected, rtol=1e-9, atol=1e-12)  # float64
+
+
+def test_a_state_goes_on_in_every_layout(results, dense):
+    wanted = resumed(MODEL, BASE, dense)
+    for rank in results:
+        # float64; the loss that is returned is added up in float32
+        assert rank["resumed"][0] == 10 and rank["resumed"][1] == pytest.approx(wanted[1], rel=1e-6)
+        assert resumed(MODEL, BASE, rank["run"])[1] == pytest.approx(wanted[1], rel=1e-6)
+
+
+def test_in_16_bits_it_stays_close_to_one_process(results):
+    for name, plan in NARROW.items():
+        wanted = trained(MODEL, plan, wide=False)
+        for ours in (rank["narrow"][name] for rank in results if "narrow" in rank):
+            # products of 8 or 11 bits, added up in another order; ten steps of Adam, a mean of 200 tokens
+            assert ours["losses"] == pytest.approx(wanted["losses"], rel=5e-3)
+            assert ours["state"].keys() == wanted["state"].keys() and ours["weights"]["embed.weight"].dtype == torch.float32
+            assert ours["model"]["embed.weight"].dtype == wanted["model"]["embed.weight"].dtype
+
+
+def test_all_ranks_skip_the_same_steps(results):
+    for rank in results:
+        assert rank["overflow"] == [(True, 65_536), (False, 32_768), (True, 32_768)]
+
+
+@pytest.mark.parametrize(("changes", "layout", "words"), [
+    (dict(optimizer="muon"), dict(zero=1), "zero = 1 with optimizer = 'muon': it looks at whole matrices"),
+    ({}, dict(zero=2, pp=2), "zero = 2 with pp = 2: each of the microbatches on their way would send its gradients"),
+    (dict(compile=True), dict(zero=3), "zero = 3 with compile: weights come and go"),
+    (dict(precision="fp8"), dict(zero=3), "zero = 3 with precision = 'fp8'")])
+def test_what_does_not_go_together(changes, layout, words):
+    with pytest.raises(ValueError, match=words):
+        ZeroEngine(MODEL, replace(BASE, **changes), ParallelConfig(dp=2, **layout))
+
+
+def test_configurations_that_make_no_sense():
+    with pytest.raises(ValueError, match="zero = 1 with dp = 1: it is data-parallel ranks that share out"):
+        ParallelConfig(zero=1)
+    with pytest.raises(ValueError, match="zero = 4: choose from 0, 1, 2, 3"):
+        ParallelConfig(dp=2, zero=4)
+    with pytest.raises(ValueError, match="engine = 'torch' with zero = 1: DDP holds everything"):
+        build_engine(MODEL, BASE, ParallelConfig(dp=2, zero=1, engine="torch"))

@@ -153,6 +153,11 @@ class Engine:
         self.steps_done, self._finite = self.steps_done + 1, None
         return updated
 
+    @property
+    def gathers(self) -> bool:
+        """Whether this rank has a part in `whole_model` and `state_dict`: of the replicas, the first is brought together."""
+        return self.rank == 0
+
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is up on at least one rank; all must ask."""
         for group in (self.group, self.tensor_group, self.pipe_group):

@@ -28,6 +28,8 @@ from minillm.train.precision import DTYPES
 class ZeroEngine(Engine):
     """`Engine` whose data-parallel ranks share out what zero says. Raises: as Engine, and ValueError for what does not go together."""
 
+    gathers = True
+
     def __init__(self, model: ModelConfig | Transformer, train: TrainConfig, parallel: ParallelConfig, **options):
         check_zero(train, parallel)
         self._narrow = DTYPES[train.precision] if train.master_weights else None

@@ -55,8 +55,9 @@ class Engine:
     def __init__(self, model: ModelConfig | Transformer, train: TrainConfig, parallel: ParallelConfig = ParallelConfig(), *,
                  loss: Loss = next_token_loss, mesh: DeviceMesh | None = None):
         check_layout(model if isinstance(model, ModelConfig) else model.config, train, parallel, loss)
-        if parallel.engine != self.kind:
-            raise ValueError(f"engine = {parallel.engine!r}, and this is the engine {self.kind!r}: use build_engine of "
+        wanted = "zero" if parallel.zero and parallel.engine == "ours" else parallel.engine
+        if wanted != self.kind:
+            raise ValueError(f"engine = {wanted!r}, and this is the engine {self.kind!r}: use build_engine of "
                              f"minillm/torch_engine.py, which chooses.")
         self.config, self.parallel, self.loss, self.log_z_squared = train, parallel, loss, log_z_squared
         self.device = choose_device(train.device)
@@ -154,7 +155,7 @@ class Engine:
         return updated
 
     @property
-    def gathers(self) -> bool:
+    def saves(self) -> bool:
         """Whether this rank has a part in `whole_model` and `state_dict`: of the replicas, the first is brought together."""
         return self.rank == 0
 
@@ -173,7 +174,7 @@ class Engine:
         if not (self.tensor_group or self.pipe_group):
             return self.model
         whole = Transformer(self.model.config, device="meta")
-        whole.load_state_dict(self._gather(self.model.state_dict()), assign=True)
+        whole.load_state_dict(self.gather(self.model.state_dict()), assign=True)
         if whole.config.tied:
             whole.head.weight = whole.embed.weight
         return whole.train(self.model.training)
@@ -183,7 +184,7 @@ class Engine:
         mine = {name: dense[name] for name in self.model.state_dict() if name in dense} if self.pipe_group else dense
         self.model.load_state_dict(part_of(self.model, self.tensor_group, mine) if self.tensor_group else mine)
 
-    def _gather(self, mine: dict[str, Tensor], split: bool = True) -> dict[str, Tensor]:
+    def gather(self, mine: dict[str, Tensor], split: bool = True) -> dict[str, Tensor]:
         """This rank's tensors, by names of parameters, with those of the others: dense. split: they are cut as the parameters."""
         if self.tensor_group and split:
             mine = gather_dense(self.model, self.tensor_group, mine)
@@ -268,7 +269,7 @@ class Engine:
             for slot, value in self.optimizer.state[weight].items():
                 slots.setdefault(slot, {})[name] = value
         for slot, values in slots.items():
-            values = self._gather(values, split=slot != "step")
+            values = self.gather(values, split=slot != "step")
             tensors |= {f"{slot}/{name}": value.detach().cpu().clone() for name, value in values.items()}
         return tensors
 
@@ -320,7 +321,7 @@ class Engine:
 
     def _pass(self, parts: list[Batch], count: int | Tensor = 1, scale: float | None = None) -> Tensor:
         """Send microbatches through the pipeline, and with a scale their gradients back. Returns their loss over the count."""
-        self._nats = torch.zeros((), device=self.device)
+        self._nats = torch.zeros((), dtype=torch.float64, device=self.device)
         parts = [part.to(self.device) for part in parts]
         if scale is None:
             self.pipeline.evaluate(parts)

@@ -28,7 +28,7 @@ from minillm.train.precision import DTYPES
 class ZeroEngine(Engine):
     """`Engine` whose data-parallel ranks share out what zero says. Raises: as Engine, and ValueError for what does not go together."""
 
-    gathers = True
+    kind, saves = "zero", True
 
     def __init__(self, model: ModelConfig | Transformer, train: TrainConfig, parallel: ParallelConfig, **options):
         check_zero(train, parallel)
@@ -62,7 +62,7 @@ class ZeroEngine(Engine):
         """As Engine's; with zero = 3 always a dense copy."""
         if self.parallel.zero < 3 and not (self.tensor_group or self.pipe_group):
             return self.model
-        dense = {name: weight.to(self._narrow or weight.dtype) for name, weight in self._gather(self.zero.pieces).items()}
+        dense = {name: weight.to(self._narrow or weight.dtype) for name, weight in self.gather(self.zero.pieces).items()}
         whole = Transformer(self.model.config, device="meta")
         tied = {"head.weight": dense["embed.weight"]} if whole.config.tied else {}
         whole.load_state_dict(dense | tied, assign=True)
@@ -93,8 +93,9 @@ class ZeroEngine(Engine):
         dist.all_reduce(count, group=self.group)
         return count.clamp(min=1)
 
-    def _gather(self, mine: dict[str, Tensor], split: bool = True) -> dict[str, Tensor]:
-        return super()._gather(self.zero.gather(mine) if split else mine, split)
+    def gather(self, mine: dict[str, Tensor], split: bool = True) -> dict[str, Tensor]:
+        """As Engine's, of pieces."""
+        return super().gather(self.zero.gather(mine) if split else mine, split)
 
     def _part(self, name: str, dense: Tensor) -> Tensor:
         return self.zero.part_of({name: super()._part(name, dense)})[name]

@@ -1,4 +1,4 @@
-"""Ten training steps of an engine in any layout, and all that can be seen of them, as one process would have it."""
+"""Training steps of an engine in any layout, and all that can be seen of them, as one process would have it."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def share(engine, step, rows=8):
 
 def dense_of(engine, tensors):
     """The tensors as one process has them, on the CPU."""
-    return on_cpu({name: tensor.detach().clone() for name, tensor in engine._gather(tensors).items()})
+    return on_cpu(engine.gather({name: tensor.detach().clone() for name, tensor in tensors.items()}))
 
 
 def on_cpu(tensors):
@@ -38,10 +38,10 @@ def take_step(engine, step):
     return loss, norm, gradients
 
 
-def trained(model, plan, parallel=ParallelConfig(), wide=True):
-    """Everything that can be seen of ten steps. wide: in float64."""
+def trained(model, plan, parallel=ParallelConfig(), wide=True, steps=10):
+    """Everything that can be seen of some steps. wide: in float64."""
     engine = build_engine(Transformer(model, seed=3).double() if wide else model, plan, parallel)
-    losses, norms, gradients = zip(*(take_step(engine, step) for step in range(10)), strict=True)
+    losses, norms, gradients = zip(*(take_step(engine, step) for step in range(steps)), strict=True)
     return {"losses": losses, "norms": norms, "gradients": gradients[0], "last": gradients[-1],
             "weights": dense_of(engine, engine.weights), "state": engine.state_dict(),
             "evaluation": [engine.evaluate(share(engine, 100, rows)) for rows in (1, 8)],  # of 1 row, one rank has none

@@ -8,6 +8,7 @@ from ranks import functions_travel_by_value  # noqa: F401  a fixture
 from steps import dense_of, like_one_process, resumed, share, trained
 
 from minillm.config import ParallelConfig
+from minillm.engine import Engine
 from minillm.model.transformer import Transformer
 from minillm.parallel.launch import launch
 from minillm.torch_engine import build_engine
@@ -122,5 +123,7 @@ def test_configurations_that_make_no_sense():
         ParallelConfig(zero=1)
     with pytest.raises(ValueError, match="zero = 4: choose from 0, 1, 2, 3"):
         ParallelConfig(dp=2, zero=4)
+    with pytest.raises(ValueError, match="engine = 'zero', and this is the engine 'ours': use build_engine"):
+        Engine(MODEL, BASE, ParallelConfig(dp=2, zero=1))
     with pytest.raises(ValueError, match="engine = 'torch' with zero = 1: DDP holds everything"):
         build_engine(MODEL, BASE, ParallelConfig(dp=2, zero=1, engine="torch"))

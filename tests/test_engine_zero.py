@@ -1,19 +1,23 @@
 """The engine with ZeRO, alone and with tensor and pipeline ranks, against one process. One launch per number of ranks."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from ranks import functions_travel_by_value  # noqa: F401  a fixture
+from safetensors.torch import load_file
 from steps import dense_of, like_one_process, resumed, share, trained
 
 from minillm.config import ParallelConfig
+from minillm.data.prepare import open_prepared
 from minillm.engine import Engine
 from minillm.model.transformer import Transformer
 from minillm.parallel.launch import launch
 from minillm.torch_engine import build_engine
+from minillm.train.metrics import read_metrics
 from minillm.zero_engine import ZeroEngine
-from runs import PLAN, TINY
+from runs import PLAN, TINY, small_data, trainer
 
 MODEL = replace(TINY, layers=3, tied=True, norm="layer", bias=("qkv", "out", "mlp", "norm"))
 BASE = replace(PLAN, batch_size=8, microbatch_size=2, lr=1e-2, clip_norm=0.1)
@@ -106,6 +110,37 @@ def test_in_16_bits_it_stays_close_to_one_process(results):
 def test_all_ranks_skip_the_same_steps(results):
     for rank in results:
         assert rank["overflow"] == [(True, 65_536), (False, 32_768), (True, 32_768)]
+
+
+LAYOUT = dict(dp=2, zero=3, bucket_mb=0.01)
+CHANGES = dict(model=MODEL, microbatch_size=1)
+
+
+def jobs(me, folder, runs):
+    """A whole run, and one that goes on from the checkpoint of one process; looks get a model that can be asked."""
+    data, looked, parallel = open_prepared(folder), [], ParallelConfig(**LAYOUT)
+    job = trainer(data, runs / "two", parallel=parallel, **CHANGES)
+    job.at = {3: lambda model: looked.append(model(torch.zeros(1, 4, dtype=torch.long)).shape) or {"sample": "text"}}
+    job.train()
+    trainer(data, runs / "went on", parallel=parallel, **CHANGES).train(resume=runs / "went on" / "step-000004")
+    return looked
+
+
+def test_a_run_is_that_of_one_process_and_goes_on_in_another_layout(tmp_path):
+    data = small_data(tmp_path / "data")
+    trainer(data, tmp_path / "alone", **CHANGES).train()
+    shutil.copytree(tmp_path / "alone", tmp_path / "went on")
+    assert launch(jobs, 2, data.folder, tmp_path, backend="gloo") == [[torch.Size([1, 4, 300])], []]
+    shutil.copytree(tmp_path / "two", tmp_path / "back")
+    trainer(data, tmp_path / "back", **CHANGES).train(resume=tmp_path / "back" / "step-000004")
+    wanted, *others = [{r["step"]: r["loss"] for r in read_metrics(tmp_path / run / "metrics.jsonl") if "loss" in r}
+                       for run in ("alone", "two", "went on", "back")]
+    assert list(wanted) == [1, 2, 3, 4, 5, 6]
+    for found in others:
+        # float32: sums in another order; a few steps of Adam, whose first ones amplify what is close to 0
+        assert found == pytest.approx(wanted, rel=1e-4)
+    ours, theirs = (load_file(tmp_path / run / "step-000006" / "optimizer.safetensors") for run in ("two", "alone"))
+    assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
 
 
 @pytest.mark.parametrize(("changes", "layout", "words"), [

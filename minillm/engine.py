@@ -63,12 +63,17 @@ class Engine:
         self.device = choose_device(train.device)
         built = model if isinstance(model, Transformer) else Transformer(model, seed=train.seed)
         self.model = built.to(self.device)
+        self.partial = any(not weight.requires_grad for weight in self.model.parameters())  # a part of it is frozen
+        if self.partial and (parallel.tp > 1 or parallel.pp > 1):
+            raise ValueError(f"tp = {parallel.tp}, pp = {parallel.pp} with frozen weights: what was added to a model is not cut with "
+                             f"it. Use dp alone.")
         self.group, self.rank, self.ranks = None, 0, 1  # of the data axis
         self.tensor_group, self.pipe_group, self.first, self.world = None, None, True, 1
         if parallel.world_size > 1:
             self._join(mesh)
         self.masters = MasterWeights(self.model, DTYPES[train.precision]) if train.master_weights else None
-        self.weights: dict[str, Tensor] = dict((self.masters or self.model).named_parameters())
+        named = dict((self.masters or self.model).named_parameters())
+        self.weights: dict[str, Tensor] = {name: weight for name, weight in named.items() if weight.requires_grad}
         self.replicas = self._replicate() if self.group else None
         if self.pipe_group:
             self.pipeline = Pipeline(self.stages, self.pipe_group, self._last_loss, context=self._mixed)
@@ -264,7 +269,8 @@ class Engine:
             tensors["rng_cuda"] = torch.cuda.get_rng_state(self.device)
         if self.scaler:
             tensors |= {"loss_scale": torch.tensor(self.scaler.scale), "good_steps": torch.tensor(self.scaler.good_steps)}
-        slots: dict[str, dict[str, Tensor]] = {"master": dict(self.weights)} if self.masters else {}
+        # A checkpoint beside a frozen base has its adapter in another form, or in none.
+        slots: dict[str, dict[str, Tensor]] = {"master": dict(self.weights)} if self.masters or self.partial else {}
         for name, weight in self.weights.items():
             for slot, value in self.optimizer.state[weight].items():
                 slots.setdefault(slot, {})[name] = value
@@ -288,11 +294,18 @@ class Engine:
             if name in saved:
                 value = value if slot == "step" else self._part(name, value)
                 saved[name][slot] = value.to(self.device, copy=True)  # else the next step would change the caller's tensors
-        if self.masters:
+        if self.masters or self.partial:
             for name, weight in self.weights.items():
-                if "master" not in saved[name]:
-                    raise CheckpointError(f"the checkpoint has no master weights for {name}: it was trained without them.")
-                weight.copy_(saved[name].pop("master"))
+                held = saved[name].pop("master", None)
+                if held is None:
+                    raise CheckpointError(f"the checkpoint has no {'master ' if self.masters else ''}weights for {name}: it was trained "
+                                          f"without them.")
+                if held.shape != weight.shape:
+                    raise CheckpointError(f"{name} is {tuple(held.shape)} in the checkpoint and {tuple(weight.shape)} here: it was "
+                                          f"trained with another adapter.")
+                weight.copy_(held)
+        if self.masters:
+            self.masters.write_back()
         # a scaler may have skipped every step so far, and then there is no state yet
         begun = any(saved.values()) or (self.steps_done and not self.scaler)
         for name, weight in self.weights.items():

@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from minillm.config import ModelConfig, ParallelConfig, TrainConfig
 from minillm.data.loader import Batch
+from minillm.layout import Loss, check_layout
 from minillm.model.huggingface import CheckpointError
-from minillm.model.sharding import sharding_table, why_not
+from minillm.model.sharding import sharding_table
 from minillm.model.stages import cut_stages, layer_costs
 from minillm.model.transformer import Transformer
 from minillm.parallel.agreement import any_rank, on_first
@@ -39,8 +40,6 @@ from minillm.train.master_weights import MasterWeights
 from minillm.train.precision import DTYPES, autocast
 from minillm.train.schedule import learning_rate
 
-Loss = Callable[[Tensor, Batch], Tensor]
-
 
 class Engine:
     """A model, its optimizer and its schedule, built from the configurations.
@@ -55,17 +54,18 @@ class Engine:
     def __init__(self, model: ModelConfig | Transformer, train: TrainConfig, parallel: ParallelConfig = ParallelConfig(), *,
                  loss: Loss = next_token_loss, mesh: DeviceMesh | None = None):
         check_layout(model if isinstance(model, ModelConfig) else model.config, train, parallel, loss)
-        if parallel.engine != self.kind:
-            raise ValueError(f"engine = {parallel.engine!r}, and this is the engine {self.kind!r}: use build_engine of "
+        wanted = "zero" if parallel.zero and parallel.engine == "ours" else parallel.engine
+        if wanted != self.kind:
+            raise ValueError(f"engine = {wanted!r}, and this is the engine {self.kind!r}: use build_engine of "
                              f"minillm/torch_engine.py, which chooses.")
         self.config, self.parallel, self.loss, self.log_z_squared = train, parallel, loss, log_z_squared
         self.device = choose_device(train.device)
         built = model if isinstance(model, Transformer) else Transformer(model, seed=train.seed)
         self.model = built.to(self.device)
         self.partial = any(not weight.requires_grad for weight in self.model.parameters())  # a part of it is frozen
-        if self.partial and (parallel.tp > 1 or parallel.pp > 1):
-            raise ValueError(f"tp = {parallel.tp}, pp = {parallel.pp} with frozen weights: what was added to a model is not cut with "
-                             f"it. Use dp alone.")
+        if self.partial and (parallel.tp > 1 or parallel.pp > 1 or parallel.zero == 3):
+            raise ValueError(f"tp = {parallel.tp}, pp = {parallel.pp}, zero = {parallel.zero} with frozen weights: what was added to a "
+                             f"model is not cut with it. Use dp alone, with zero = 2 at most.")
         self.group, self.rank, self.ranks = None, 0, 1  # of the data axis
         self.tensor_group, self.pipe_group, self.first, self.world = None, None, True, 1
         if parallel.world_size > 1:
@@ -158,6 +158,11 @@ class Engine:
         self.steps_done, self._finite = self.steps_done + 1, None
         return updated
 
+    @property
+    def saves(self) -> bool:
+        """Whether this rank has a part in `whole_model` and `state_dict`: of the replicas, the first is brought together."""
+        return self.rank == 0
+
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is up on at least one rank; all must ask."""
         for group in (self.group, self.tensor_group, self.pipe_group):
@@ -188,6 +193,10 @@ class Engine:
         if self.tensor_group and split:
             mine = gather_dense(self.model, self.tensor_group, mine)
         return gather_stages(mine, self.pipe_group, self.device) if self.pipe_group else mine
+
+    def _part(self, name: str, dense: Tensor) -> Tensor:
+        """What this rank holds of a dense tensor by a parameter's name."""
+        return part_of(self.model, self.tensor_group, {name: dense})[name] if self.tensor_group else dense
 
     def _join(self, mesh: DeviceMesh | None) -> None:
         """Find this rank's place, begin with the weights of the first, and keep this rank's part of them."""
@@ -282,8 +291,7 @@ class Engine:
         for key, value in tensors.items():
             slot, _, name = key.partition("/")
             if name in saved:
-                if self.tensor_group and slot != "step":
-                    value = part_of(self.model, self.tensor_group, {name: value})[name]
+                value = value if slot == "step" else self._part(name, value)
                 saved[name][slot] = value.to(self.device, copy=True)  # else the next step would change the caller's tensors
         if self.masters or self.partial:
             for name, weight in self.weights.items():
@@ -341,45 +349,6 @@ class Engine:
         loss, penalty = self._scored(logits, batch)
         self._nats += loss.detach()
         return loss + penalty
-
-
-def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig, loss: Loss = next_token_loss) -> None:
-    """Refuse a layout that the batch, the model or the training cannot have. Raises: ValueError that says what would work."""
-    parallel.share(train.batch_size)
-    if reason := why_not(model, parallel.tp):
-        raise ValueError(reason)
-    if parallel.sequence_parallel and model.context % parallel.tp:
-        raise ValueError(f"a context of {model.context} tokens cannot be shared out to tp = {parallel.tp} ranks. Use another "
-                         f"context, or leave sequence_parallel out.")
-    untried = (train.compile, "it has not been tried with messages inside the model. Leave it out")
-    refused = {
-        ("tp", f"optimizer = {train.optimizer!r}"): (train.optimizer in ("muon", "adafactor"), "it looks at whole matrices, and a rank "
-                                                     "has a part of each. Use \"fused\""),
-        ("tp", "precision = 'fp8'"): (train.precision == "fp8", "its scales are those of whole matrices. Use \"bf16\""),
-        ("tp", "compile"): untried, ("pp", "compile"): untried,
-        ("tp", "a loss of its own"): (loss is not next_token_loss, "the logits are split by token, and only next_token_loss has a form "
-                                      "that reads them so. Use that"),
-        ("pp", "precision = 'fp8'"): (train.precision == "fp8", "it keeps the head in 16 bits, which most stages do not have. Use "
-                                      "\"bf16\""),
-    }
-    for (axis, what), (asked, why) in refused.items():
-        if asked and (size := getattr(parallel, axis)) > 1:
-            raise ValueError(f"{axis} = {size} with {what}: {why}, or {axis} = 1.")
-    if parallel.pp > 1:
-        _check_pipeline(model.layers, train, parallel)
-
-
-def _check_pipeline(layers: int, train: TrainConfig, parallel: ParallelConfig) -> None:
-    """Refuse stages without layers, and microbatches that the share or the schedule does not divide into."""
-    stages, share = parallel.pp * parallel.chunks, parallel.share(train.batch_size)
-    if stages > layers:
-        raise ValueError(f"pp = {parallel.pp} with chunks = {parallel.chunks} makes {stages} stages, and the model has {layers} layers: "
-                         f"each stage needs at least one.")
-    size = train.microbatch_size or share
-    if share % size:
-        raise ValueError(f"a rank's {share} sequences do not divide into microbatches of {size}, and a pipeline's must be alike. "
-                         f"Use a microbatch_size that divides {share}.")
-    build_schedule(parallel.schedule, parallel.pp, share // size, parallel.chunks)
 
 
 def choose_device(name: str) -> torch.device:

@@ -126,8 +126,9 @@ def _places(model: nn.Module) -> Iterator[Place]:
         rows = tuple(getattr(modules[n], "out_features", None) or modules[n].num_embeddings for n in names)
         probe = rule.pack(tuple(torch.zeros(size, 1) for size in rows), config)
         front = layout.prefix if layout and names[0] != "head" else ""
-        if probe.ndim == 2:
-            yield Place(front + theirs.removesuffix(".weight"), names, rule, rows, turned=probe.shape[0] == 1)
+        theirs = front + theirs.removesuffix(".weight")
+        if probe.ndim == 2:  # transformers 5 renames GPT-NeoX's head when it reads a checkpoint
+            yield Place("lm_head" if theirs == "embed_out" else theirs, names, rule, rows, turned=probe.shape[0] == 1)
 
 
 def _join(place: Place, parts: list[Tensor], model: nn.Module) -> Tensor:

@@ -132,6 +132,32 @@ def test_data_parallel_ranks_give_what_one_process_gives(one_process, ranks, eng
                 assert ours[3] == sum(w.numel() for w in alone[2].values())  # only what is trained travels
 
 
+def shared_out(me, zero, methods):
+    """Losses, and the trained weights after ten steps, with ZeRO; what a rank's optimizer sees are pieces."""
+    found = {}
+    for method in methods:
+        engine = build_engine(ready(method, double=True), STEPS, ParallelConfig(dp=me.size, zero=zero))
+        losses = []
+        for step in range(10):
+            losses.append(float(engine.forward_backward(batch(step, rows=8).part(engine.rank, engine.ranks))))
+            engine.clip(STEPS.clip_norm)
+            engine.step()
+        found[method] = losses, {n: w.detach().clone() for n, w in engine.whole_model().named_parameters() if w.requires_grad}
+    return found
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_zero_gives_what_one_process_gives(one_process, zero):
+    methods = ("lora", "prefix", "adapters")
+    for found in launch(shared_out, 2, zero, methods):
+        for method in methods:
+            alone, ours = one_process[method], found[method]
+            assert ours[0] == pytest.approx(alone[0], rel=1e-6)  # as above
+            assert ours[1].keys() == alone[2].keys()
+            for name, value in alone[2].items():
+                torch.testing.assert_close(ours[1][name], value, rtol=1e-6, atol=1e-10, msg=lambda text: f"{method}, {name}: {text}")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return small_data(tmp_path_factory.mktemp("data"))
@@ -169,10 +195,11 @@ def test_a_run_goes_on_from_an_adapter_s_checkpoint(tmp_path, data):
         Engine(other.model, PLAN).load_state_dict(again.engine.state_dict())
 
 
-@pytest.mark.parametrize("axis", ["tp", "pp"])
-def test_layouts_that_cut_the_model_are_refused(axis):
-    with pytest.raises(ValueError, match=f"{axis} = 2.* with frozen weights: what was added to a model is not cut"):
-        Engine(ready("lora"), replace(STEPS, microbatch_size=2), ParallelConfig(**{axis: 2}))
+@pytest.mark.parametrize("layout", [dict(tp=2), dict(pp=2), dict(dp=2, zero=3)])
+def test_layouts_that_cut_the_model_are_refused(layout):
+    name, size = list(layout.items())[-1]
+    with pytest.raises(ValueError, match=f"{name} = {size}.* with frozen weights: what was added to a model is not cut"):
+        build_engine(ready("lora"), replace(STEPS, microbatch_size=2), ParallelConfig(**layout))
 
 
 def test_what_is_trained_costs_ten_times_its_weights():

@@ -27,10 +27,12 @@ def render_lora(name: str, rank: int, parts: str) -> str:
     add_lora(model, LoraConfig(rank, targets=PARTS[parts]))
     size = count_trained(model)
     four_bits = 2 * (whole - packed) + round(packed * NF4_BITS / 8)
-    tuned = {kind: tuning_bytes(frozen, size.trained, "half").total for kind, frozen in (("LoRA", 2 * whole), ("QLoRA", four_bits))}
-    return _named({name: f"{short(whole)} parameters, LoRA of rank {rank} in {parts}", "trained": f"{size.trained:,}, {size.share:.3%} of all",
-                   "its file": f"{2 * size.trained / 1e6:,.1f} MB in 16 bits", "full": f"{state_bytes(whole, 'half').total / 1e9:,.1f} GB",
-                   **{kind: f"{total / 1e9:,.1f} GB" for kind, total in tuned.items()}})
+    tuned = {kind: f"{tuning_bytes(frozen, size.trained, 'half').total / 1e9:,.1f} GB"
+             for kind, frozen in (("LoRA", 2 * whole), ("QLoRA", four_bits))}
+    return _named({name: f"{short(whole)} parameters, LoRA of rank {rank} in {parts}",
+                   "trained": f"{size.trained:,}, {size.share:.3%} of all",
+                   "its file": f"{2 * size.trained / 1e6:,.1f} MB in 16 bits",
+                   "full": f"{state_bytes(whole, 'half').total / 1e9:,.1f} GB", **tuned})
 
 
 def lora_calculator() -> widgets.Widget:

@@ -1,11 +1,12 @@
 """`make experiments`: comparisons too long for a notebook, stored as JSON that the lessons draw.
 
 An experiment is a file beside this one with ROWS (name -> ModelConfig), PLAN (a TrainConfig), CONTEXT, SEEDS and
-`measure(model, data)`, which returns numbers; each row is trained once for each seed, all rows on the same stories in the same
-order. It may also have PLANS (row -> what it changes in the plan), SEEDS_OF (row -> other seeds), DATA (other stories
-or other text), tokenizer (a function that gives one that is there, instead of one trained on that text), CHANGES (row -> a function that changes batches), Probe: a class whose instance is called at every step of a run and ends
-with a dict `found`, which is stored as well; or TRAIN (row -> a function in the place of `train_row`, without these two). The results say with which versions, on what machine and by which command they
-were made. A lesson shows them, and trains one row anew.
+`measure(model, data)`, which returns numbers; each row is trained once for each seed, all rows on the same text in the same
+order. It may also have PLANS (row -> what it changes in the plan), SEEDS_OF (row -> other seeds), DATA (other text), tokenizer
+(a function that returns one, where none is to be trained), CHANGES (row -> a function that changes batches), Probe: a class
+whose instance is called at every step of a run and ends with a dict `found`, which is stored as well; or TRAIN (row -> a
+function in the place of `train_row`, without these two). The results say with which versions, on what machine and by which
+command they were made. A lesson shows them, and trains one row anew.
 """
 
 import importlib

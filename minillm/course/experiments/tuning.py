@@ -1,12 +1,16 @@
 """Lesson 16: the course's model, which has read stories alone, learns to read Python's documentation, by every method.
 
-Full fine-tuning, the methods of minillm/peft, and LoRA in every matrix at several ranks. All see the same batches, and a method has the
-best of the rates that were tried for it in a shorter run with another seed. Measured are the loss on documentation that was not trained on, the
-loss on stories afterwards, the bytes of gradients and moments, all bytes of a step at its peak, and the fastest step.
-BitFit is missing: this model has no biases.
+Full fine-tuning, the methods of minillm/peft, and LoRA in every matrix at several ranks. All see the same batches. A method has
+the best of the rates that were tried for it, two to four a factor of 2 to 3 apart, in one run of the same length with seed 99
+(r = 1, the embeddings and QLoRA: the neighbouring row's). Measured are the loss on documentation that was not trained on, the
+loss on stories afterwards, the bytes of gradients and moments, and all bytes of a step at its peak. BitFit is missing: this
+model has no biases. Time is missing, too: the lesson measures it, all methods in turn.
+
+What came out: 3.48 nats fully tuned, where seeds differ by 0.05; LoRA in every matrix 5.10, 4.62 and 4.33 at ranks 1, 8 and 64,
+3.88 with the embeddings too; four bits cost nothing (4.58); adapters 4.69; q and v alone 5.26; prefix 5.35; LLaMA-Adapter 5.56;
+a prompt 8.67, of 10.30 untouched. Stories, 0.60 before, are then at 7.1 fully tuned and 4.7 to 5.9 by LoRA.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -35,7 +39,8 @@ PLAN = TrainConfig(steps=60, batch_size=8, warmup_steps=10, weight_decay=0.0)
 EVERYWHERE = ("attention.*", "ffn.*")
 
 
-def low_rank(model: Transformer, seed: int, rank: int = 8, targets: tuple[str, ...] = EVERYWHERE, quantised: bool = False) -> None:
+def low_rank(model: Transformer, seed: int, rank: int = 8, targets: tuple[str, ...] = EVERYWHERE,
+             quantised: bool = False) -> None:
     """LoRA with alpha = 2 r, so that all ranks scale alike."""
     if quantised:
         quantize_linears(model, group="row", double=False)
@@ -94,25 +99,21 @@ def new_loss(model: Transformer, data: Prepared, sequences: int = 96) -> float:
     return total / count
 
 
-def held_bytes(model: Transformer) -> int:
+def weight_bytes(model: Transformer) -> int:
     """Of all weights, packed ones as they are stored."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
-def costs(model: Transformer, data: Prepared, steps: int = 8) -> dict[str, float]:
-    """Bytes and milliseconds of a step; changes the model."""
-    engine, loader, times = Engine(model, PLAN), Loader(data.train, PLAN.batch_size, CONTEXT), []
+def costs(model: Transformer, data: Prepared) -> dict[str, float]:
+    """Bytes of a step; changes the model."""
+    engine = Engine(model, PLAN)
     with LiveBytes() as live:
-        engine.forward_backward(next(loader))
+        engine.forward_backward(next(Loader(data.train, PLAN.batch_size, CONTEXT)))
         engine.step()
     moments = sum(t.numel() * 4 for key, t in engine.state_dict().items() if key.startswith("exp_avg"))
     gradients = sum(w.numel() * w.element_size() for w in model.parameters() if w.requires_grad)
-    for _ in range(steps):
-        start = time.perf_counter()
-        engine.forward_backward(next(loader))
-        engine.step()
-        times.append(1e3 * (time.perf_counter() - start))
-    return {"states": gradients + moments, "weights": held_bytes(model), "peak": held_bytes(model) + live.peak, "ms": min(times)}
+    held = weight_bytes(model)
+    return {"states": gradients + moments, "weights": held, "peak": held + live.peak}
 
 
 def measure(model: Transformer, data: Prepared) -> dict[str, float]:

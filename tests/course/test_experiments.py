@@ -13,8 +13,8 @@ from minillm.data.prepare import DataConfig, prepare
 from minillm.model.transformer import Transformer, num_params
 from minillm.course.scaling_law import fit_scaling_law, residuals
 
-EXPERIMENTS = {"positions": positions, "families": families, "scaling": scaling, "spikes": spikes, "staleness": staleness, "tuning": tuning,
-               "classifying": classifying}
+EXPERIMENTS = {"positions": positions, "families": families, "scaling": scaling, "spikes": spikes, "staleness": staleness,
+               "tuning": tuning, "classifying": classifying}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -158,7 +158,8 @@ def test_a_tuning_is_what_its_row_says(tmp_path):
     data = prepare(tmp_path, DataConfig(size=60_000), tokenizer=tuning.tokenizer())
     for row in ("full fine-tuning", "QLoRA, r = 8"):
         seen = []
-        model = tuning.TRAIN[row](tuning.ROWS[row], replace(tuning.PLAN, steps=2, batch_size=2), data, 128, 0, lambda *step: seen.append(step))
+        model = tuning.TRAIN[row](tuning.ROWS[row], replace(tuning.PLAN, steps=2, batch_size=2), data, 128, 0,
+                                  lambda *step: seen.append(step))
         found, stored = tuning.measure(model, data), experiments.results("tuning")["rows"][row][0]
         assert [step for step, _ in seen] == [1, 2] and found.keys() == stored.keys() - {"seed"}
         assert all(found[key] == stored[key] for key in ("parameters", "trained", "weights", "states"))
@@ -170,7 +171,7 @@ def test_the_names_that_are_asked_about_have_no_label(tmp_path):
     known, others = classifying.sentences(0)
     names = [{text.removesuffix(".").split()[-1] for text, _ in some} for some in (known, others)]
     assert names[0] and names[1] and not names[0] & names[1]
-    ids, real, label = classifying.as_batch(known[:4])
+    ids, real, label = classifying.pad_left(known[:4])
     assert ids.shape == real.shape and real[:, -1].all() and len(label) == 4
     model = classifying.TRAIN["the head alone"](classifying.ROWS["the head alone"], replace(classifying.PLAN, steps=2), data, 64, 0)
     assert classifying.measure(model, data)["trained"] == 2 * model.model.config.width

@@ -1,7 +1,7 @@
 """Lesson 16: the same methods on a task near to what the course's model knows: does a story with this name go on with she?
 
-The opposite of tuning.py, where all is new. The task is lesson 04's: half of the thirty names have labels, and the model is asked
-about the others, which only who has read stories can know. GPT-1's head, two scores of the last token, stands on the model and
+The opposite of tuning.py, where all is new. The task is lesson 04's: half of the thirty names have labels, and the model is
+asked about the others, which only who has read stories can know. GPT-1's head, two scores of the last token, stands on the model and
 is always trained; below it nothing is, or a small part, or all.
 
 What came out: the head's 256 numbers alone are right about every name, as rank 1 is; all others about 98 to 99.9% of the time.
@@ -31,8 +31,8 @@ METHODS: dict[str, tuple[Callable, float]] = {
     "the head alone": (lambda model, seed: freeze(model), 1e-2),
     "full fine-tuning": (tuning.METHODS["full fine-tuning"][0], 3e-4)} | {
     row: (tuning.METHODS[row][0], rate) for row, rate in (
-        ("prompt, 16", 3e-2), ("prefix, 16", 3e-2), ("LLaMA-Adapter, 16", 3e-2), ("adapters, 16", 3e-3), ("LoRA, q and v", 3e-3),
-        ("LoRA, r = 1", 3e-3), ("LoRA, r = 8", 3e-3))}
+        ("prompt, 16", 3e-2), ("prefix, 16", 3e-2), ("LLaMA-Adapter, 16", 3e-2), ("adapters, 16", 3e-3),
+        ("LoRA, q and v", 3e-3), ("LoRA, r = 1", 3e-3), ("LoRA, r = 8", 3e-3))}
 """Row -> what it does to the model, and its learning rate."""
 ROWS = dict.fromkeys(METHODS, load_course_model()[0].config)
 PLANS = {row: {"lr": rate} for row, (_, rate) in METHODS.items()}
@@ -40,7 +40,7 @@ tokenizer = tuning.tokenizer
 
 
 def sentences(seed: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """First sentences that name the hero and say no more, and whether the story goes on with she: labelled names, other names."""
+    """First sentences that only name the hero, and whether she comes next: those of labelled names, those of other names."""
     found = []
     for story in stories(1_500, 777):
         first = re.match(r"[^.]*?\b(?:named|called) (\w+)\.", story.text)
@@ -53,7 +53,7 @@ def sentences(seed: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     return known, others
 
 
-def as_batch(some: list[tuple[str, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pad_left(some: list[tuple[str, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids with padding on the left, which of them are text, and the labels.   Shapes: (B, T), (B, T), (B,)."""
     words = tokenizer()
     rows = [[words.end_of_text, *words.encode(text)] for text, _ in some]
@@ -68,10 +68,11 @@ def classified(method: Callable, config: ModelConfig, plan: TrainConfig, data: P
     model = load_course_model()[0]
     method(model, seed)
     model = Classifier(model, 2, seed=seed)
-    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=plan.lr, weight_decay=plan.weight_decay)
+    trained = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=plan.lr, weight_decay=plan.weight_decay)
     known, model.others = sentences(seed)
     for step in range(plan.steps):
-        ids, real, label = as_batch([known[(plan.batch_size * step + i) % len(known)] for i in range(plan.batch_size)])
+        ids, real, label = pad_left([known[(plan.batch_size * step + i) % len(known)] for i in range(plan.batch_size)])
         cross_entropy(model(ids, real), label).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -88,7 +89,7 @@ def measure(model: Classifier, data: Prepared) -> dict[str, float]:
     """Accuracy on the names that had no label, and what was trained, the head with it."""
     right = 0.0
     for at in range(0, len(model.others), 50):
-        ids, real, label = as_batch(model.others[at:at + 50])
+        ids, real, label = pad_left(model.others[at:at + 50])
         right += float((model(ids, real).argmax(-1) == label).sum())
     trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
     return {"parameters": num_params(load_course_model()[0]), "trained": trained, "accuracy": right / len(model.others)}

@@ -18,9 +18,10 @@ from minillm.text.chat import Rendered
 def pad_rows(rows: Sequence[Rendered], pad: int = 0) -> Batch:
     """One conversation a row, padded on the right, where a causal model does not look.
 
-    Shapes: rows of at most N ids -> ids, targets (B, N-1): the last id is only a target.
+    Shapes: rows of at most N ids -> all in (B, N). The last id is read too, as a reward model must, though nothing follows it.
     """
-    return _laid_out([[row] for row in rows], max(len(row.ids) for row in rows) - 1, pad)
+    whole = [[Rendered([*ids, pad], [*learned, False])] for ids, learned in rows]
+    return _laid_out(whole, max(len(row.ids) for row in rows), pad)
 
 
 def pack(rows: Sequence[Rendered], context: int, pad: int = 0) -> Batch:

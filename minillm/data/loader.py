@@ -52,7 +52,7 @@ class Batch:
 
     def _map(self, change) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return type(self)(**{name: None if value is None else change(value) for name, value in values.items()})
+        return type(self)(**{name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()})
 
 
 class Loader:

@@ -1,0 +1,122 @@
+"""The formulas by hand, and against trl 0.11's PPOTrainer, written out here from its source's formulas (trl is not installed)."""
+
+import math
+
+import pytest
+import torch
+
+from minillm.align.ppo import AdaptiveKL, gae, kl, last_of, policy_loss, token_rewards, value_loss, whiten
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_kl_estimates_have_the_mean_that_they_should():
+    """Over all tokens of a small vocabulary, weighted by the policy, so there is no sampling error."""
+    policy, reference = random(7).log_softmax(0), random(7, seed=1).log_softmax(0)
+    exact = (policy.exp() * (policy - reference)).sum()
+    for kind in ("k1", "k3"):
+        torch.testing.assert_close((policy.exp() * kl(policy, reference, kind)).sum(), exact, rtol=1e-12, atol=0)  # float64
+    assert (kl(policy, reference, "k1") < 0).any() and (kl(policy, reference, "k3") >= 0).all() and (kl(policy, reference, "k2") >= 0).all()
+    near = policy + 1e-3 * random(7, seed=2)
+    torch.testing.assert_close(kl(near, policy, "k2"), kl(near, policy, "k3"), rtol=2e-3, atol=0)  # they differ by d³/6
+
+
+def test_rewards_by_hand():
+    mask = torch.tensor([[False, True, True, False], [True, True, True, False], [False, False, True, True]])
+    assert last_of(mask).tolist() == [[False, False, True, False], [False, False, True, False], [False, False, False, True]]
+    rewards = token_rewards(torch.tensor([1.0, 2.0, 3.0]), torch.full((3, 4), 0.5), mask, beta=0.1)
+    wanted = torch.tensor([[0, -0.05, 0.95, 0], [-0.05, -0.05, 1.95, 0], [0, 0, -0.05, 2.95]])
+    torch.testing.assert_close(rewards, wanted)
+
+
+def test_gae_by_hand():
+    """gamma and lambda are 1/2."""
+    rewards, values = torch.tensor([[1.0, 0.0, 8.0]]), torch.tensor([[1.0, 2.0, 4.0]])
+    ends = torch.tensor([[False, False, True]])
+    # surprise: 1 + 2/2 - 1 = 1;  0 + 4/2 - 2 = 0;  8 - 4 = 4.  advantage: 4; 0 + 4/4 = 1; 1 + 1/4 = 1.25
+    advantages, returns = gae(rewards, values, ends, gamma=0.5, lam=0.5)
+    assert advantages.tolist() == [[1.25, 1.0, 4.0]] and returns.tolist() == [[2.25, 3.0, 8.0]]
+
+
+def gae_by_definition(rewards, values, ends, gamma, lam):
+    """Each advantage as its own sum over what is left of its episode: independent of the recursion."""
+    advantages = torch.zeros_like(rewards)
+    for b in range(rewards.shape[0]):
+        for t in range(rewards.shape[1]):
+            for k in range(t, rewards.shape[1]):
+                last = bool(ends[b, k]) or k == rewards.shape[1] - 1
+                surprise = rewards[b, k] + (0 if last else gamma * values[b, k + 1]) - values[b, k]
+                advantages[b, t] += (gamma * lam) ** (k - t) * surprise
+                if last:
+                    break
+    return advantages
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (0.99, 0.0), (1.0, 1.0)])
+def test_gae_is_its_definition_and_sees_nothing_beyond_an_end(gamma, lam):
+    rewards, values = random(5, 12), random(5, 12, seed=1)
+    ends = random(5, 12, seed=2) > 0.8
+    advantages, returns = gae(rewards, values, ends, gamma, lam)
+    torch.testing.assert_close(advantages, gae_by_definition(rewards, values, ends, gamma, lam), rtol=1e-12, atol=1e-12)  # float64
+    torch.testing.assert_close(returns, advantages + values)
+    place = int(ends[0].nonzero()[0])
+    changed = rewards.clone()
+    changed[0, place + 1:] += 100
+    again, _ = gae(changed, values, ends, gamma, lam)
+    assert torch.equal(again[0, :place + 1], advantages[0, :place + 1]) and not torch.equal(again, advantages)
+
+
+def test_with_lambda_1_a_return_is_what_came():
+    rewards, values = random(3, 6), random(3, 6, seed=1)
+    _, returns = gae(rewards, values, torch.zeros(3, 6, dtype=torch.bool), gamma=1.0, lam=1.0)
+    torch.testing.assert_close(returns, rewards.flip(1).cumsum(1).flip(1), rtol=1e-12, atol=1e-12)  # float64
+
+
+def test_whitening():
+    mask = random(4, 9, seed=3) > -0.5
+    white = whiten(5 + 3 * random(4, 9), mask)
+    assert (white[~mask] == 0).all()
+    assert white[mask].mean().item() == pytest.approx(0, abs=1e-12) and white[mask].std().item() == pytest.approx(1, abs=1e-7)
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, slope", [
+    (1.0, 2.0, -2.0, -2.0), (1.1, 1.0, -1.1, -1.1), (1.5, 1.0, -1.2, 0.0), (0.5, 1.0, -0.5, -0.5),
+    (1.5, -1.0, 1.5, 1.5), (0.5, -1.0, 0.8, 0.0)])
+def test_the_clipped_objective_by_hand(ratio, advantage, loss, slope):
+    """The slope is that of the loss in the log-probability: 0 where a gain is clipped, never 0 where a mistake can be undone."""
+    log_prob = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    found = policy_loss(log_prob, torch.zeros(1, 1), torch.tensor([[advantage]]))
+    found.sum().backward()
+    assert found.item() == pytest.approx(loss, rel=1e-6) and log_prob.grad.item() == pytest.approx(slope, rel=1e-6)
+
+
+def test_losses_are_trls():
+    """trl: pg = max(-A · ratio, -A · clamp(ratio)); vf = 0.5 · max((v - R)², (clamp(v, old - c, old + c) - R)²)."""
+    new, old, advantages = 0.3 * random(4, 9), 0.3 * random(4, 9, seed=1), random(4, 9, seed=2)
+    ratio = torch.exp(new - old)
+    torch.testing.assert_close(policy_loss(new, old, advantages, 0.1),
+                               torch.max(-advantages * ratio, -advantages * torch.clamp(ratio, 0.9, 1.1)))
+    values, before, returns = random(4, 9, seed=3), random(4, 9, seed=4), random(4, 9, seed=5)
+    clipped = torch.max(torch.min(values, before + 0.2), before - 0.2)
+    torch.testing.assert_close(value_loss(values, before, returns, 0.2),
+                               0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2))
+
+
+def test_gradients_are_those_of_finite_differences():
+    new, old, third = random(3, 4).requires_grad_(), random(3, 4, seed=1), random(3, 4, seed=2)
+    for function in (policy_loss, value_loss):
+        assert torch.autograd.gradcheck(lambda x: function(x, old, third), new)
+    for kind in ("k1", "k2", "k3"):
+        assert torch.autograd.gradcheck(lambda x: kl(x, old, kind), new)
+
+
+def test_the_controller_by_hand():
+    control = AdaptiveKL(beta=0.2, target=6.0, horizon=1_000)
+    assert control.update(6.0, 100) == 0.2
+    assert control.update(6.6, 100) == pytest.approx(0.2 * (1 + 0.1 * 0.1))  # 10% too much, for a tenth of the horizon
+    control.beta = 0.2
+    assert control.update(600.0, 100) == pytest.approx(0.2 * 1.02) and control.beta > 0.2  # at most 20%
+    control.beta = 0.2
+    assert control.update(0.0, 100) == pytest.approx(0.2 * 0.98)

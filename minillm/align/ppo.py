@@ -1,18 +1,25 @@
-"""PPO for language models, as pure functions: the reward of each token, advantages, and the two clipped losses.
+"""PPO for language models: the reward of each token, advantages, two clipped losses, and the batch that two Engines learn from.
 
 An answer is an episode, a token an action. The reward model's score comes with the last token; every token pays for leaving the
 reference model (KL), so the policy cannot wander off to where the reward model was never right. A critic predicts what is
 still to come, and its surprise is the advantage. Sources: arXiv:1707.06347; for language models arXiv:1909.08593 §2 and
-arXiv:2203.02155 §3.5. All losses are per token; the caller adds up and divides, as the Engine does. Left out: the loop
-over rollouts (rollout.py samples them), and InstructGPT's share of pretraining gradients.
+arXiv:2203.02155 §3.5. Four models take part: policy and critic are trained, reference and reward model are only asked.
+grpo.py does without the critic. Left out: InstructGPT's share of pretraining gradients.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from minillm.align.rollout import Rollouts, log_probs_of
+from minillm.data.loader import IGNORED, Batch
+from minillm.engine import Engine
+from minillm.model.transformer import Transformer
+from minillm.train.loss import token_log_probs
 
 
 def kl(log_probs: Float[Tensor, "*shape"], reference: Float[Tensor, "*shape"],
@@ -95,3 +102,58 @@ class AdaptiveKL:
         error = min(max(measured / self.target - 1, -0.2), 0.2)
         self.beta *= 1 + error * answers / self.horizon
         return self.beta
+
+
+# The training
+
+@dataclass(frozen=True)
+class Experience(Batch):
+    """Sampled answers with all that PPO needs of the moment when they were sampled; every tensor (B, T)."""
+
+    old: Float[Tensor, "B T"] | None = None
+    values: Float[Tensor, "B T"] | None = None
+    advantages: Float[Tensor, "B T"] | None = None
+    returns: Float[Tensor, "B T"] | None = None
+
+
+@torch.no_grad()
+def experience(rollouts: Rollouts, scores: Float[Tensor, "B"], reference: Transformer, critic: Transformer, beta: float,
+               gamma: float = 1.0, lam: float = 0.95) -> tuple[Experience, float]:
+    """What policy and critic learn from, and the mean KL of an answer in nats, which AdaptiveKL wants to know.
+
+    scores: of each answer, by a reward model or a program.   critic: a Scorer (reward.py); its score at a token is its
+    guess, before the next one is written, of the rewards still to come.
+    """
+    batch, mask = rollouts.batch, rollouts.batch.targets != IGNORED
+    values = critic(batch.ids, positions=batch.positions, segment_ids=batch.segment_ids)[..., 0] * mask
+    distance = kl(rollouts.log_probs, log_probs_of(reference, batch)) * mask
+    rewards = token_rewards(scores.to(distance), distance, mask, beta)
+    advantages, returns = gae(rewards, values, last_of(mask), gamma, lam)
+    made = Experience(**vars(batch), old=rollouts.log_probs, values=values, advantages=whiten(advantages, mask), returns=returns)
+    return made, float(distance.sum(1).mean())
+
+
+def ppo(clip: float = 0.2) -> Callable[[Tensor, Experience], Tensor]:
+    """The loss of the policy's Engine: the sum over the answers' tokens."""
+    def loss(logits: Tensor, batch: Experience) -> Tensor:
+        found = policy_loss(token_log_probs(logits, batch.targets), batch.old, batch.advantages, clip)
+        return found[batch.targets != IGNORED].sum()
+    return loss
+
+
+def critic(clip: float = 0.2) -> Callable[[Tensor, Experience], Tensor]:
+    """The loss of the critic's Engine, whose model is a Scorer: the sum over the answers' tokens."""
+    def loss(scores: Tensor, batch: Experience) -> Tensor:
+        return value_loss(scores[..., 0], batch.values, batch.returns, clip)[batch.targets != IGNORED].sum()
+    return loss
+
+
+def improve(engine: Engine, batch: Batch, epochs: int, rows: int, generator: torch.Generator | None = None) -> list[float]:
+    """Several passes over what was sampled, in random minibatches of `rows`. Returns their losses. GRPO can use it too."""
+    losses = []
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(batch.ids), generator=generator).split(rows):
+            losses.append(float(engine.forward_backward(batch.take(chosen))))
+            engine.clip(engine.config.clip_norm)
+            engine.step()
+    return losses

@@ -1,11 +1,19 @@
 """The formulas by hand, and against trl 0.11's PPOTrainer, written out here from its source's formulas (trl is not installed)."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from small import MODEL, PLAN
 
-from minillm.align.ppo import AdaptiveKL, gae, kl, last_of, policy_loss, token_rewards, value_loss, whiten
+from minillm.align.ppo import (AdaptiveKL, critic, experience, gae, improve, kl, last_of, policy_loss, ppo, token_rewards, value_loss,
+                               whiten)
+from minillm.align.reward import Scorer
+from minillm.align.rollout import log_probs_of, sample
+from minillm.data.loader import IGNORED
+from minillm.engine import Engine
+from minillm.model.transformer import Transformer
 
 
 def random(*shape, seed=0):
@@ -120,3 +128,57 @@ def test_the_controller_by_hand():
     assert control.update(600.0, 100) == pytest.approx(0.2 * 1.02) and control.beta > 0.2  # at most 20%
     control.beta = 0.2
     assert control.update(0.0, 100) == pytest.approx(0.2 * 0.98)
+
+
+def test_experience_is_put_together_from_the_four_models():
+    """Against a walk over every answer, one token after another."""
+    policy, reference, critic_model = Transformer(MODEL, seed=2), Transformer(MODEL, seed=3), Scorer(MODEL, seed=4)
+    torch.nn.init.normal_(critic_model.head.weight, generator=torch.Generator().manual_seed(0))
+    rollouts = sample(policy, [[5, 6, 7], [8], [9, 10]], 6, range(60), generator=torch.Generator().manual_seed(1))
+    found, distance = experience(rollouts, torch.tensor([1.0, -2.0, 3.0]), reference, critic_model, beta=0.1, gamma=0.9, lam=0.8)
+    raw, total = torch.zeros_like(found.advantages), 0.0
+    for row, score in enumerate((1.0, -2.0, 3.0)):
+        places = (found.targets[row] != IGNORED).nonzero()[:, 0].tolist()
+        values = critic_model(found.ids[row:row + 1])[0, :, 0].tolist()
+        apart = (rollouts.log_probs - log_probs_of(reference, found))[row].tolist()
+        total += sum(apart[t] for t in places)
+        coming = value = 0.0
+        for t in reversed(places):
+            coming = -0.1 * apart[t] + (score if t == places[-1] else 0) + 0.9 * value - values[t] + 0.9 * 0.8 * coming
+            raw[row, t], value = coming, values[t]
+            assert found.returns[row, t].item() == pytest.approx(coming + value, abs=1e-4)  # float32
+    mask = found.targets != IGNORED
+    torch.testing.assert_close(found.advantages, whiten(raw, mask), rtol=1e-3, atol=1e-3)  # float32
+    assert distance == pytest.approx(total / 3, abs=1e-4) and len({len(answer) for answer in rollouts.answers}) > 1
+
+
+def test_it_learns_what_a_program_rewards_and_its_critic_to_foresee_it():
+    """The reward is the share of even tokens, which is 1/2 by chance."""
+    reference, draw = Transformer(MODEL, seed=2), torch.Generator().manual_seed(0)
+    policy = Engine(Transformer(MODEL, seed=2), replace(PLAN, lr=1e-2), loss=ppo())
+    judge = Engine(Scorer.of(reference), replace(PLAN, lr=1e-2), loss=critic())
+    means, errors = [], []
+    for _ in range(16):
+        rollouts = sample(policy.model, [[5, 6, 7], [8, 9]] * 16, 6, (), generator=draw)
+        scores = torch.tensor([sum(token % 2 == 0 for token in answer) / 6 for answer in rollouts.answers])
+        batch, _ = experience(rollouts, scores, reference, judge.model, beta=0.01)
+        improve(policy, batch, 2, 16, draw)
+        errors.append(sum(improve(judge, batch, 2, 16, draw)) / 4)
+        means.append(scores.mean().item())
+    assert means[0] == pytest.approx(0.5, abs=0.1) and sum(means[-3:]) / 3 > 0.8
+    assert errors[-1] < errors[0] / 2
+
+
+def test_kl_holds_the_policy_back():
+    """With a high price the policy stays where it was; without one it goes where the reward is."""
+    gone = []
+    for beta in (0.0, 1.0):
+        reference, draw = Transformer(MODEL, seed=2), torch.Generator().manual_seed(0)
+        policy, judge = Engine(Transformer(MODEL, seed=2), replace(PLAN, lr=1e-2), loss=ppo()), Scorer.of(reference)
+        for _ in range(10):
+            rollouts = sample(policy.model, [[5, 6, 7]] * 32, 6, (), generator=draw)
+            scores = torch.tensor([sum(token % 2 == 0 for token in answer) / 6 for answer in rollouts.answers])
+            batch, distance = experience(rollouts, scores, reference, judge, beta)
+            improve(policy, batch, 2, 16, draw)
+        gone.append(distance)
+    assert gone[0] > 2 * gone[1]

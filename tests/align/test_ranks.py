@@ -10,6 +10,7 @@ from ranks import functions_travel_by_value  # noqa: F401  a fixture
 from minillm.align.dpo import dpo
 from minillm.align.grpo import PolicyBatch, grpo
 from minillm.align.pairs import Groups
+from minillm.align.ppo import Experience, critic, ppo
 from minillm.align.reward import Scorer, reward_loss
 from minillm.align.sft import pack
 from minillm.config import ParallelConfig
@@ -48,8 +49,15 @@ def sampled(step):
 
 
 # a loss is made on its rank: the shape checker's wrappers do not travel
+def walks(step):
+    ids, targets, draw = rows(step)
+    old, values, advantages, returns = torch.randn(4, 8, 32, generator=draw, dtype=torch.float64)
+    return Experience(ids, targets, old=old - 6, values=values, advantages=advantages, returns=returns)
+
+
 METHODS = {"sft": (Transformer, lambda: next_token_loss, conversations), "reward": (Scorer, lambda: reward_loss, groups),
-           "dpo": (Transformer, lambda: dpo(), groups), "grpo": (Transformer, lambda: grpo(), sampled)}
+           "dpo": (Transformer, lambda: dpo(), groups), "grpo": (Transformer, lambda: grpo(), sampled),
+           "ppo": (Transformer, lambda: ppo(), walks), "critic": (Scorer, lambda: critic(), walks)}
 
 
 def trained(name, parallel=ParallelConfig()):

@@ -1,7 +1,8 @@
 """DPO: learn from preferences without a reward model and without sampling, because the policy is one already.
 
-What PPO would make of a reward r is the policy with ln(policy / reference) = r / beta + a constant of the prompt. Read backwards, every
-policy has a reward, and in a pair of answers the constant cancels: so train that reward by reward.py's loss, directly.
+What PPO would make of a reward r is the policy with ln(policy / reference) = r / beta + a constant of the prompt. Read
+backwards, every policy has a reward, and in a pair of answers the constant cancels: so train that reward by reward.py's
+loss, directly.
 Source: arXiv:2305.18290 §4; IPO, arXiv:2310.12036 eq. 17. Left out: many variants (label smoothing, hinge, KTO).
 """
 

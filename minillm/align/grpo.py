@@ -38,7 +38,7 @@ class PolicyBatch(Batch):
 
 
 def group_advantages(rewards: Float[Tensor, "B K"], scaled: bool = True) -> Float[Tensor, "B K"]:
-    """How much better each of K answers is than the mean of its prompt's, in standard deviations (with K - 1, as TRL) if scaled.
+    """How much better each of K answers is than the mean of its prompt's; scaled: in standard deviations (with K - 1, as TRL).
 
     A prompt whose answers are all right, or all wrong, teaches nothing: 0.   Raises: ValueError for fewer than two answers.
     """
@@ -55,15 +55,16 @@ def answer_loss(log_probs: Float[Tensor, "B T"], old: Float[Tensor, "B T"], refe
 
     length: divide by this instead, the same for all, so that long wrong answers are not let off lightly (Dr. GRPO).
     """
-    per_token = policy_loss(log_probs, old, advantages[:, None].expand_as(log_probs), clip) + beta * kl(log_probs, reference, "k3")
+    per_token = policy_loss(log_probs, old, advantages[:, None].expand_as(log_probs), clip)
+    per_token = per_token + beta * kl(log_probs, reference, "k3")
     return (per_token * mask).sum(1) / (length or mask.sum(1).clamp(min=1))
 
 
 def grpo(clip: float = 0.2, beta: float = 0.04, length: int | None = None) -> Callable[[Tensor, PolicyBatch], Tensor]:
     """The Engine's loss for batches of `policy_batch`: the sum over answers."""
     def loss(logits: Tensor, batch: PolicyBatch) -> Tensor:
-        log_probs = token_log_probs(logits, batch.targets)
-        return answer_loss(log_probs, batch.old, batch.reference, batch.advantages, batch.targets != IGNORED, clip, beta, length).sum()
+        log_probs, mask = token_log_probs(logits, batch.targets), batch.targets != IGNORED
+        return answer_loss(log_probs, batch.old, batch.reference, batch.advantages, mask, clip, beta, length).sum()
     return loss
 
 

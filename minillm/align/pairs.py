@@ -36,7 +36,8 @@ class Groups(Batch):
     def split(self, size: int) -> list["Groups"]:
         """Microbatches of `size` rows. Raises: ValueError when that would cut a group."""
         if size % self.group:
-            raise ValueError(f"microbatches of {size} rows would cut groups of {self.group} answers: use a multiple of {self.group}.")
+            raise ValueError(f"microbatches of {size} rows would cut groups of {self.group} answers: use a "
+                             f"multiple of {self.group}.")
         return super().split(size)
 
     def part(self, rank: int, ranks: int) -> "Groups":

@@ -129,7 +129,8 @@ def experience(rollouts: Rollouts, scores: Float[Tensor, "B"], reference: Transf
     distance = kl(rollouts.log_probs, log_probs_of(reference, batch)) * mask
     rewards = token_rewards(scores.to(distance), distance, mask, beta)
     advantages, returns = gae(rewards, values, last_of(mask), gamma, lam)
-    made = Experience(**vars(batch), old=rollouts.log_probs, values=values, advantages=whiten(advantages, mask), returns=returns)
+    made = Experience(**vars(batch), old=rollouts.log_probs, values=values, advantages=whiten(advantages, mask),
+                      returns=returns)
     return made, float(distance.sum(1).mean())
 
 

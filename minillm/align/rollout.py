@@ -39,7 +39,8 @@ def sample(model: Transformer, prompts: Sequence[list[int]], max_new_tokens: int
     greedy: the likeliest tokens, to see how good the policy is.   Raises: ValueError for no prompts or an empty one.
     """
     if not prompts or not all(prompts):
-        raise ValueError(f"{len(prompts)} prompts, {sum(not p for p in prompts)} of them empty: each needs a token to begin with.")
+        raise ValueError(f"{len(prompts)} prompts, {sum(not p for p in prompts)} of them empty: each needs a token to begin "
+                         f"with.")
     answers = [row[:_end(row, stop_ids)] for row in _write(model, prompts, max_new_tokens, stop_ids, generator, greedy)]
     rows = [Rendered(prompt + answer, [False] * len(prompt) + [True] * len(answer)) for prompt, answer in zip(prompts, answers)]
     batch = pad_rows(rows).to(model.embed.weight.device)

@@ -34,8 +34,8 @@ def pack(rows: Sequence[Rendered], context: int, pad: int = 0) -> Batch:
     """
     for number, row in enumerate(rows):
         if len(row.ids) - 1 > context:
-            raise ValueError(f"conversation {number} has {len(row.ids):,} tokens, which do not fit a context of {context:,} (and one "
-                             f"target). Use a context of {len(row.ids) - 1:,}, or leave the conversation out.")
+            raise ValueError(f"conversation {number} has {len(row.ids):,} tokens, which do not fit a context of {context:,} "
+                             f"(and one target). Use a context of {len(row.ids) - 1:,}, or leave the conversation out.")
         if not any(row.learned[1:]):
             raise ValueError(f"conversation {number} has no answer, so there is nothing to learn from it.")
     bins: list[list[Rendered]] = []
@@ -64,8 +64,8 @@ class ConversationLoader(Loader):
         self.rows = pack(conversations, context, pad)
         self.windows = len(self.rows.ids)
         if self.windows < batch_size:
-            raise ValueError(f"{len(conversations):,} conversations fill {self.windows:,} rows of {context}, fewer than one batch of "
-                             f"{batch_size}. Use more of them, a shorter context or a smaller batch.")
+            raise ValueError(f"{len(conversations):,} conversations fill {self.windows:,} rows of {context}, fewer than "
+                             f"one batch of {batch_size}. Use more of them, a shorter context or a smaller batch.")
         if batch_size % ranks:
             raise ValueError(f"a batch of {batch_size} does not divide over {ranks} ranks.")
         self.batch_size, self.context, self.seed, self.rank, self.ranks = batch_size, context, seed, rank, ranks

@@ -86,8 +86,8 @@ def _story(draw: Draw) -> Instruction:
     while True:
         story = next(stories(1, int(draw() * 2 ** 31)))
         text, hero = story.text.partition("\n")[0], story.facts["hero"]
-        asked, fact = _pick((("Who is the story about?", "hero"), (f"What is {hero}?", "kind"), (f"What did {hero} like?", "pastime"),
-                             (f"Where did {hero} go?", "place")), draw)
+        asked, fact = _pick((("Who is the story about?", "hero"), (f"What is {hero}?", "kind"),
+                             (f"What did {hero} like?", "pastime"), (f"Where did {hero} go?", "place")), draw)
         if story.facts[fact] in text:
             return Instruction("story", _pick((f"{text}\n{asked}", f"Read: {text}\n{asked}"), draw), story.facts[fact], text)
 
@@ -160,7 +160,9 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping]) -> None:
 
 def conversation_row(messages: Sequence[Mapping], layout: Literal["messages", "prompt"] = "messages") -> dict:
     """{"messages": [...]}, or {"prompt": [...], "completion": [the last answer]}."""
-    return {"messages": list(messages)} if layout == "messages" else {"prompt": list(messages[:-1]), "completion": list(messages[-1:])}
+    if layout == "messages":
+        return {"messages": list(messages)}
+    return {"prompt": list(messages[:-1]), "completion": list(messages[-1:])}
 
 
 def preference_row(pair: Preference) -> dict:
@@ -170,8 +172,9 @@ def preference_row(pair: Preference) -> dict:
 
 def read_conversations(path: str | Path) -> list[list[dict[str, str]]]:
     """Lines with `messages`, or with `prompt` and `completion` as texts or messages. Raises: ValueError with the line."""
-    return _read(path, lambda row: row["messages"] if "messages" in row
-                 else _said(row["prompt"], "user") + _said(row["completion"], "assistant"), "messages, or prompt and completion")
+    def messages(row: dict) -> list:
+        return row["messages"] if "messages" in row else _said(row["prompt"], "user") + _said(row["completion"], "assistant")
+    return _read(path, messages, "messages, or prompt and completion")
 
 
 def read_preferences(path: str | Path) -> list[Preference]:

@@ -73,13 +73,13 @@ TEMPLATES: dict[str, Template] = {
     "llama2": Template(("<s>[INST] <<SYS>>\n", "\n<</SYS>>\n\n"), ("<s>[INST] ", " [/INST]"), ("", " ", " </s>", ""),
                        ("<s>", "</s>"), merged_user=""),
     # Stanford Alpaca's train.py; it has one turn, and further ones repeat the form.
-    "alpaca": Template(("", "\n\n"), ("### Instruction:\n", "\n\n"), ("### Response:", "", "</s>", ""), ("<s>", "</s>"), start="<s>",
-                       default_system="Below is an instruction that describes a task. Write a response that appropriately "
-                                      "completes the request."),
+    "alpaca": Template(("", "\n\n"), ("### Instruction:\n", "\n\n"), ("### Response:", "", "</s>", ""), ("<s>", "</s>"),
+                       start="<s>", default_system="Below is an instruction that describes a task. Write a response that "
+                                                 "appropriately completes the request."),
     # FastChat's conversation.py, vicuna_v1.1.
     "vicuna": Template(("", " "), ("USER: ", " "), ("ASSISTANT:", " ", "</s>", ""), ("<s>", "</s>"), start="<s>",
-                       default_system="A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-                                      "helpful, detailed, and polite answers to the user's questions."),
+                       default_system="A chat between a curious user and an artificial intelligence assistant. The "
+                                      "assistant gives helpful, detailed, and polite answers to the user's questions."),
 }
 
 
@@ -93,7 +93,8 @@ def render(template: Template, tokenizer, messages: Sequence[Message], *, prompt
     _check(messages, prompt)
     if missing := [token for token in template.special if token not in tokenizer.special_tokens]:
         raise ValueError(f"the tokenizer has no {missing[0]!r}, which the template writes; it has "
-                         f"{', '.join(tokenizer.special_tokens) or 'no special tokens'}. Use template.renamed({{{missing[0]!r}: ...}}).")
+                         f"{', '.join(tokenizer.special_tokens) or 'no special tokens'}. Use "
+                         f"template.renamed({{{missing[0]!r}: ...}}).")
     ids, mask, text, learned = [], [], "", False
 
     def put(new: list[int]) -> None:

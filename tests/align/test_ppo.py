@@ -1,4 +1,4 @@
-"""The formulas by hand, and against trl 0.11's PPOTrainer, written out here from its source's formulas (trl is not installed)."""
+"""The formulas by hand, and against those of TRL's PPOTrainer, written out here (trl is not installed); then the training."""
 
 import math
 from dataclasses import replace
@@ -7,8 +7,8 @@ import pytest
 import torch
 from small import MODEL, PLAN
 
-from minillm.align.ppo import (AdaptiveKL, critic, experience, gae, improve, kl, last_of, policy_loss, ppo, token_rewards, value_loss,
-                               whiten)
+from minillm.align.ppo import (AdaptiveKL, critic, experience, gae, improve, kl, last_of, policy_loss, ppo, token_rewards,
+                               value_loss, whiten)
 from minillm.align.reward import Scorer
 from minillm.align.rollout import log_probs_of, sample
 from minillm.data.loader import IGNORED
@@ -26,7 +26,8 @@ def test_kl_estimates_have_the_mean_that_they_should():
     exact = (policy.exp() * (policy - reference)).sum()
     for kind in ("k1", "k3"):
         torch.testing.assert_close((policy.exp() * kl(policy, reference, kind)).sum(), exact, rtol=1e-12, atol=0)  # float64
-    assert (kl(policy, reference, "k1") < 0).any() and (kl(policy, reference, "k3") >= 0).all() and (kl(policy, reference, "k2") >= 0).all()
+    k1, k2, k3 = (kl(policy, reference, kind) for kind in ("k1", "k2", "k3"))
+    assert (k1 < 0).any() and (k2 >= 0).all() and (k3 >= 0).all()
     near = policy + 1e-3 * random(7, seed=2)
     torch.testing.assert_close(kl(near, policy, "k2"), kl(near, policy, "k3"), rtol=2e-3, atol=0)  # they differ by d³/6
 
@@ -67,7 +68,8 @@ def test_gae_is_its_definition_and_sees_nothing_beyond_an_end(gamma, lam):
     rewards, values = random(5, 12), random(5, 12, seed=1)
     ends = random(5, 12, seed=2) > 0.8
     advantages, returns = gae(rewards, values, ends, gamma, lam)
-    torch.testing.assert_close(advantages, gae_by_definition(rewards, values, ends, gamma, lam), rtol=1e-12, atol=1e-12)  # float64
+    wanted = gae_by_definition(rewards, values, ends, gamma, lam)
+    torch.testing.assert_close(advantages, wanted, rtol=1e-12, atol=1e-12)  # float64
     torch.testing.assert_close(returns, advantages + values)
     place = int(ends[0].nonzero()[0])
     changed = rewards.clone()
@@ -93,7 +95,7 @@ def test_whitening():
     (1.0, 2.0, -2.0, -2.0), (1.1, 1.0, -1.1, -1.1), (1.5, 1.0, -1.2, 0.0), (0.5, 1.0, -0.5, -0.5),
     (1.5, -1.0, 1.5, 1.5), (0.5, -1.0, 0.8, 0.0)])
 def test_the_clipped_objective_by_hand(ratio, advantage, loss, slope):
-    """The slope is that of the loss in the log-probability: 0 where a gain is clipped, never 0 where a mistake can be undone."""
+    """Slope: of the loss in the log-probability, 0 where a gain is clipped, never 0 where a mistake can be undone."""
     log_prob = torch.tensor([[math.log(ratio)]], requires_grad=True)
     found = policy_loss(log_prob, torch.zeros(1, 1), torch.tensor([[advantage]]))
     found.sum().backward()
@@ -135,7 +137,7 @@ def test_experience_is_put_together_from_the_four_models():
     policy, reference, critic_model = Transformer(MODEL, seed=2), Transformer(MODEL, seed=3), Scorer(MODEL, seed=4)
     torch.nn.init.normal_(critic_model.head.weight, generator=torch.Generator().manual_seed(0))
     rollouts = sample(policy, [[5, 6, 7], [8], [9, 10]], 6, range(60), generator=torch.Generator().manual_seed(1))
-    found, distance = experience(rollouts, torch.tensor([1.0, -2.0, 3.0]), reference, critic_model, beta=0.1, gamma=0.9, lam=0.8)
+    found, distance = experience(rollouts, torch.tensor([1.0, -2.0, 3.0]), reference, critic_model, 0.1, gamma=0.9, lam=0.8)
     raw, total = torch.zeros_like(found.advantages), 0.0
     for row, score in enumerate((1.0, -2.0, 3.0)):
         places = (found.targets[row] != IGNORED).nonzero()[:, 0].tolist()

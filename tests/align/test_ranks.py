@@ -45,7 +45,8 @@ def groups(step):
 def sampled(step):
     ids, targets, draw = rows(step)
     old, reference = -6 - torch.rand(2, 8, 32, generator=draw, dtype=torch.float64)
-    return PolicyBatch(ids, targets, old=old, reference=reference, advantages=torch.randn(8, generator=draw, dtype=torch.float64))
+    advantages = torch.randn(8, generator=draw, dtype=torch.float64)
+    return PolicyBatch(ids, targets, old=old, reference=reference, advantages=advantages)
 
 
 # a loss is made on its rank: the shape checker's wrappers do not travel

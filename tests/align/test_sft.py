@@ -25,7 +25,8 @@ def conversations(count, seed=0, longest=20):
     rows = []
     for _ in range(count):
         size = draw.randint(4, longest)
-        rows.append(Rendered([draw.randrange(60) for _ in range(size)], [n > size // 2 and n % 5 != 0 or n == size - 1 for n in range(size)]))
+        learned = [n > size // 2 and n % 5 != 0 or n == size - 1 for n in range(size)]
+        rows.append(Rendered([draw.randrange(60) for _ in range(size)], learned))
     return rows
 
 
@@ -70,9 +71,11 @@ def test_loss_and_gradients_equal_hugging_faces(tmp_path):
     save_pretrained(model, tmp_path)
     theirs, rows = AutoModelForCausalLM.from_pretrained(tmp_path), conversations(9)
     longest = max(len(row.ids) for row in rows)
-    ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
-    labels = torch.tensor([[i if learned else -100 for i, learned in zip(*row)] + [-100] * (longest - len(row.ids)) for row in rows])
-    wanted = theirs(ids, attention_mask=torch.tensor([[int(n < len(row.ids)) for n in range(longest)] for row in rows]), labels=labels)
+    ids, labels, mask = torch.zeros(9, longest, dtype=torch.long), torch.full((9, longest), -100), torch.zeros(9, longest)
+    for number, (tokens, learned) in enumerate(rows):
+        ids[number, :len(tokens)], mask[number, :len(tokens)] = torch.tensor(tokens), 1
+        labels[number, :len(tokens)] = torch.where(torch.tensor(learned), torch.tensor(tokens), -100)
+    wanted = theirs(ids, attention_mask=mask.long(), labels=labels)
     wanted.loss.backward()
     engine = Engine(model, TrainConfig(batch_size=4, microbatch_size=2, device="cpu"))
     assert float(engine.forward_backward(pack(rows, 24))) == pytest.approx(wanted.loss.item(), rel=1e-5)  # float32, other order

@@ -5,8 +5,8 @@ from itertools import islice
 
 import pytest
 
-from minillm.data.instructions import (KINDS, TEST_SHARE, Preference, conversation_row, exact_match, instructions, preference_row,
-                                       preferences, read_conversations, read_preferences, score, write_jsonl)
+from minillm.data.instructions import (KINDS, TEST_SHARE, Preference, conversation_row, exact_match, instructions,
+                                       preference_row, preferences, read_conversations, read_preferences, score, write_jsonl)
 
 
 def some(count, *args, **options):
@@ -108,15 +108,17 @@ def test_preferences_are_read_back_and_other_layouts_too(tmp_path):
     made = list(islice(preferences(), 5))
     write_jsonl(tmp_path / "a.jsonl", map(preference_row, made))
     assert read_preferences(tmp_path / "a.jsonl") == [Preference(p.prompt, p.chosen, p.rejected) for p in made]
-    user, good, bad = ({"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Ho"), ("assistant", "He")))
-    write_jsonl(tmp_path / "b.jsonl", [{"prompt": "Hi", "chosen": "Ho", "rejected": "He"}, {"chosen": [user, good], "rejected": [user, bad]}])
+    user, (good, bad) = {"role": "user", "content": "Hi"}, ({"role": "assistant", "content": text} for text in ("Ho", "He"))
+    write_jsonl(tmp_path / "b.jsonl", [{"prompt": "Hi", "chosen": "Ho", "rejected": "He"},
+                                       {"chosen": [user, good], "rejected": [user, bad]}])
     assert read_preferences(tmp_path / "b.jsonl") == [Preference([user], "Ho", "He")] * 2
     write_jsonl(tmp_path / "c.jsonl", [{"prompt": "Hi", "completion": "Ho"}])
     assert read_conversations(tmp_path / "c.jsonl") == [[user, good]]
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{", "line 2: "), ("[1]", "line 2: expected an object with prompt, chosen"), ('{"prompt": "a", "chosen": "b"}', "line 2: expected"),
+    ("{", "line 2: "), ("[1]", "line 2: expected an object with prompt, chosen"),
+    ('{"prompt": "a", "chosen": "b"}', "line 2: expected"),
     ('{"chosen": [{"role": "user", "content": "a"}, {}], "rejected": [{}]}', "line 2: chosen and rejected differ before")])
 def test_bad_lines_are_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' + line)

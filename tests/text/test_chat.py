@@ -19,14 +19,16 @@ JINJA = {
     "chatml": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
               "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     "llama2": "{% set default = '' %}" + SYSTEM + "{% for m in turns %}{% if m.role == 'user' %}{% if loop.first and system %}"
-              "{% set words = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m.content %}{% else %}{% set words = m.content %}{% endif %}"
+              "{% set words = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m.content %}{% else %}"
+              "{% set words = m.content %}{% endif %}"
               "{{ '<s>[INST] ' + words + ' [/INST]' }}{% else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}",
     "alpaca": "{% set default = '" + TEMPLATES["alpaca"].default_system + "' %}" + SYSTEM + "{{ '<s>' + system + '\n\n' }}"
               "{% for m in turns %}{% if m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n\n' }}"
               "{% else %}{{ '### Response:' + m.content + '</s>' }}{% endif %}{% endfor %}"
               "{% if add_generation_prompt %}{{ '### Response:' }}{% endif %}",
     "vicuna": "{% set default = \"" + TEMPLATES["vicuna"].default_system + "\" %}" + SYSTEM + "{{ '<s>' + system }}"
-              "{% for m in turns %}{% if m.role == 'user' %}{{ ' ' + 'USER: ' + m.content if loop.first else 'USER: ' + m.content }}"
+              "{% for m in turns %}{% if m.role == 'user' %}{{ ' ' if loop.first else '' }}"
+              "{{ 'USER: ' + m.content }}"
               "{% else %}{{ ' ASSISTANT: ' + m.content + '</s>' }}{% endif %}{% endfor %}"
               "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}",
 }
@@ -34,7 +36,8 @@ JINJA = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    text = " ".join(message["content"] for message in TURNS) + " ### Instruction: Response: ASSISTANT: USER: [INST] [/INST] user"
+    marks = " ### Instruction: Response: ASSISTANT: USER: [INST] [/INST] user"
+    text = " ".join(message["content"] for message in TURNS) + marks
     return BPETokenizer.train([text * 3], 330, special_tokens=SPECIAL, split_digits=True)
 
 
@@ -103,9 +106,9 @@ def test_by_hand():
     tokenizer = BPETokenizer.train(["a"], 262)
     begin = {name: tokenizer.special_tokens[name] for name in CHAT_TOKENS}
     a, b, line = (tokenizer.encode(text)[0] for text in ("a", "b", "\n"))
-    rendered = render(TEMPLATES["minillm"], tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    assert rendered == Rendered([begin["<|user|>"], line, a, begin["<|end|>"], line, begin["<|assistant|>"], line, b, begin["<|end|>"],
-                                 line], [False] * 7 + [True, True, False])
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    wanted = [begin["<|user|>"], line, a, begin["<|end|>"], line, begin["<|assistant|>"], line, b, begin["<|end|>"], line]
+    assert render(TEMPLATES["minillm"], tokenizer, messages) == Rendered(wanted, [False] * 7 + [True, True, False])
 
 
 def test_other_special_tokens():
@@ -114,7 +117,8 @@ def test_other_special_tokens():
         render(TEMPLATES["llama2"], tokenizer, TURNS)
     mine = TEMPLATES["llama2"].renamed({"<s>": "<|endoftext|>", "</s>": "<|end|>"})
     assert mine.end == "<|end|>" and mine.user == ("<|endoftext|>[INST] ", " [/INST]") and mine.default_system is None
-    assert tokenizer.decode(render(mine, tokenizer, TURNS[1:3]).ids) == "<|endoftext|>[INST] What is 56+21? [/INST] It is 77. <|end|>"
+    text = tokenizer.decode(render(mine, tokenizer, TURNS[1:3]).ids)
+    assert text == "<|endoftext|>[INST] What is 56+21? [/INST] It is 77. <|end|>"
     with pytest.raises(ValueError, match="'<x>' is no special token of this template"):
         mine.renamed({"<x>": "y"})
 

@@ -88,6 +88,7 @@ def render(template: Template, tokenizer, messages: Sequence[Message], *, prompt
 
     A prompt's ids are the beginning of the ids of the conversation that its answer makes. Between special tokens, text
     with the same mask is encoded in one piece, as Hugging Face does; only where an answer begins is a cut of its own.
+    The words stay as they are: LLaMA-2's code, for one, strips white space from their ends first.
     Raises: ValueError for roles out of order, or a tokenizer without the template's special tokens.
     """
     _check(messages, prompt)

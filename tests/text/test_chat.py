@@ -75,6 +75,17 @@ def test_only_answers_and_their_ends_are_learned(tokenizer, name):
     assert tokenizer.special_tokens[template.end] in ids and end.endswith(template.end)
 
 
+def test_the_mask_is_hugging_faces(tokenizer, theirs):
+    """Where a template marks the parts that a model generates, as TRL asks for when it trains on answers only."""
+    theirs.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+        "{{ '\n' }}{% endfor %}")
+    wanted = theirs.apply_chat_template(TURNS, return_dict=True, return_assistant_tokens_mask=True)
+    ids, learned = render(TEMPLATES["chatml"], tokenizer, TURNS)
+    assert ids == wanted["input_ids"] and learned == [bool(mark) for mark in wanted["assistant_masks"]] and sum(learned) > 10
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_prompt_is_the_beginning_of_what_its_answer_makes(tokenizer, name):
     """Also where the prompt's last and the answer's first character could share a token."""

@@ -3,7 +3,7 @@
 The head is replaced by one with a single row; the score is read at the answer's last token, which has seen everything.
 Only differences of scores are ever trained, so their zero is arbitrary. It is a Transformer, so the Engine trains it as any
 other. A critic (ppo.py) is the same model, read at every token. Source: arXiv:2203.02155 §3.5 eq. 1.
-Left out: tensor and pipeline ranks, and files.
+Left out: tensor ranks, and files.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Every method's training on 2 and 4 ranks against one process, in float64: loss, gradients, and ten steps."""
+"""Every method's training on 2 and 4 data ranks, and on pipelines, against one process: loss, gradients, and ten steps."""
 
 import math
 from dataclasses import replace
@@ -75,7 +75,8 @@ def trained(name, parallel=ParallelConfig()):
 
 
 def everything(me):
-    return {name: trained(name, ParallelConfig(dp=me.size)) for name in METHODS}
+    layouts = [ParallelConfig(dp=me.size)] + ([ParallelConfig(dp=2, pp=2)] if me.size == 4 else [])
+    return {name: [trained(name, layout) for layout in layouts] for name in METHODS}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -87,12 +88,13 @@ def ranks(request):
 def test_ten_steps_are_those_of_one_process(ranks, name):
     losses, *tensors = trained(name)
     assert all(map(math.isfinite, losses)) and len(set(losses)) == 10
-    for rank in ranks:
-        found, *parts = rank[name]
+    for found, *parts in (run for rank in ranks for run in rank[name]):
         assert found == pytest.approx(losses, rel=1e-5)  # added up in float32
         for ours, wanted in zip(parts, tensors, strict=True):
-            for key, expected in wanted.items():  # float64: only the order of summation differs, and ten steps of Adam
-                torch.testing.assert_close(ours[key], expected, rtol=1e-7, atol=1e-10)
+            assert len(ours) > 5
+            for key, value in ours.items():  # float64: only the order of summation differs, and ten steps of Adam
+                torch.testing.assert_close(value, wanted[key], rtol=1e-7, atol=1e-10)
+    assert {key for run in (rank[name][-1] for rank in ranks) for key in run[2]} == tensors[1].keys()
 
 
 def test_every_method_begins_with_a_gradient():

@@ -264,6 +264,8 @@ class ParallelConfig:
     """With schedule = "interleaved": stages on each rank."""
     sequence_parallel: bool = False
     """With tp: between the matrices, each of those ranks keeps only its share of the tokens, too."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """With dp: what those ranks share out instead of each having it: the optimizer's states (1), gradients too (2), weights too (3)."""
     bucket_mb: float = 25.0
     """MiB of gradients that travel together between data-parallel ranks."""
     engine: Literal["ours", "torch"] = "ours"
@@ -277,6 +279,8 @@ class ParallelConfig:
         _check_choices(self)
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("sequence_parallel with tp = 1: it shares tokens out among tensor-parallel ranks. Use tp = 2 or more.")
+        if self.zero and self.dp == 1:
+            raise ValueError(f"zero = {self.zero} with dp = 1: it is data-parallel ranks that share out. Use dp = 2 or more.")
         if self.pp == 1 and self.schedule != "1f1b":
             raise ValueError(f"schedule = {self.schedule!r} with pp = 1: one rank has nobody to wait for. Use pp = 2 or more.")
         if (self.chunks > 1) != (self.schedule == "interleaved"):
@@ -356,9 +360,9 @@ def _check_choices(config) -> None:
             continue
         for one in chosen:
             if one not in options:
-                near = difflib.get_close_matches(str(one), options, n=1)
+                near = difflib.get_close_matches(str(one), map(str, options), n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{field.name} = {one!r}: choose from {', '.join(options)}.{hint}")
+                raise ValueError(f"{field.name} = {one!r}: choose from {', '.join(map(str, options))}.{hint}")
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:

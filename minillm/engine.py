@@ -55,8 +55,9 @@ class Engine:
     def __init__(self, model: ModelConfig | Transformer, train: TrainConfig, parallel: ParallelConfig = ParallelConfig(), *,
                  loss: Loss = next_token_loss, mesh: DeviceMesh | None = None):
         check_layout(model if isinstance(model, ModelConfig) else model.config, train, parallel, loss)
-        if parallel.engine != self.kind:
-            raise ValueError(f"engine = {parallel.engine!r}, and this is the engine {self.kind!r}: use build_engine of "
+        wanted = "zero" if parallel.zero and parallel.engine == "ours" else parallel.engine
+        if wanted != self.kind:
+            raise ValueError(f"engine = {wanted!r}, and this is the engine {self.kind!r}: use build_engine of "
                              f"minillm/torch_engine.py, which chooses.")
         self.config, self.parallel, self.loss, self.log_z_squared = train, parallel, loss, log_z_squared
         self.device = choose_device(train.device)
@@ -153,6 +154,11 @@ class Engine:
         self.steps_done, self._finite = self.steps_done + 1, None
         return updated
 
+    @property
+    def saves(self) -> bool:
+        """Whether this rank has a part in `whole_model` and `state_dict`: of the replicas, the first is brought together."""
+        return self.rank == 0
+
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is up on at least one rank; all must ask."""
         for group in (self.group, self.tensor_group, self.pipe_group):
@@ -183,6 +189,10 @@ class Engine:
         if self.tensor_group and split:
             mine = gather_dense(self.model, self.tensor_group, mine)
         return gather_stages(mine, self.pipe_group, self.device) if self.pipe_group else mine
+
+    def _part(self, name: str, dense: Tensor) -> Tensor:
+        """What this rank holds of a dense tensor by a parameter's name."""
+        return part_of(self.model, self.tensor_group, {name: dense})[name] if self.tensor_group else dense
 
     def _join(self, mesh: DeviceMesh | None) -> None:
         """Find this rank's place, begin with the weights of the first, and keep this rank's part of them."""
@@ -276,8 +286,7 @@ class Engine:
         for key, value in tensors.items():
             slot, _, name = key.partition("/")
             if name in saved:
-                if self.tensor_group and slot != "step":
-                    value = part_of(self.model, self.tensor_group, {name: value})[name]
+                value = value if slot == "step" else self._part(name, value)
                 saved[name][slot] = value.to(self.device, copy=True)  # else the next step would change the caller's tensors
         if self.masters:
             for name, weight in self.weights.items():

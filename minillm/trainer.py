@@ -142,7 +142,7 @@ class Trainer:
         found = self.evaluate(None if done >= self.config.steps else self.config.eval_sequences)
         planned = {}
         if done in self.at:
-            model = self.engine.whole_model() if self.engine.rank == 0 else None
+            model = self.engine.whole_model() if self.engine.saves else None
             planned = self.engine.on_first(lambda: self.at[done](model))
         for values in (found, planned) if metrics else ():
             if values:
@@ -167,8 +167,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this very moment, and remove the oldest."""
         folder = self.run / f"step-{self.engine.steps_done:06d}"
-        # of the replicas, the first is brought together
-        whole = (self.engine.whole_model(), self.engine.state_dict()) if self.engine.rank == 0 else ()
+        whole = (self.engine.whole_model(), self.engine.state_dict()) if self.engine.saves else ()
         self.engine.on_first(lambda: self._write(folder, *whole))
         return folder
 

@@ -9,11 +9,11 @@ TRAIN = ["train", "--data.size", "40000", "--data.val-fraction", "0.2", "--model
          "--train.checkpoint-every", "2", "--train.eval-every", "2", "--train.device", "cpu"]
 
 
-def start(*words, ranks=None):
-    """A process, under torchrun when ranks are given, whose standard output and error are pipes."""
+def start(*words, ranks=None, restarts=0):
+    """A process, under torchrun when ranks are given (which starts all anew so often when one dies), whose standard output and error are pipes."""
     command = [sys.executable, "-m"]
     if ranks:
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "-m"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen([*command, "minillm", *map(str, words)], env=environment | {"OMP_NUM_THREADS": "1"}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)

@@ -56,12 +56,12 @@ def resumed(model, plan, source, parallel=ParallelConfig()):
     return engine.steps_done, [take_step(engine, step)[0] for step in (11, 12)]
 
 
-def like_one_process(ours, wanted):
-    """Both from `trained`."""
+def like_one_process(ours, wanted, evaluated=1e-9):
+    """Both from `trained`. evaluated: how close a pipeline's sum is, which is in float32, too: 1e-6."""
     # the loss that is returned is added up in float32, all else in float64: only the order of summation differs
     assert ours["losses"] == pytest.approx(wanted["losses"], rel=1e-6)
     assert ours["norms"] == pytest.approx(wanted["norms"], rel=1e-9)
-    assert ours["evaluation"] == pytest.approx(wanted["evaluation"], rel=1e-9)
+    assert ours["evaluation"] == pytest.approx(wanted["evaluation"], rel=evaluated)
     for part in ("gradients", "last", "weights", "model", "state"):
         assert ours[part].keys() == wanted[part].keys() and len(ours[part]) > 5
         for key, expected in wanted[part].items():

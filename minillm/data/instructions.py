@@ -99,8 +99,10 @@ KINDS: dict[str, Callable[[Draw], Instruction]] = {"sum": _sum, "sort": _sort, "
 def instructions(seed: int = 0, split: str = "train", kinds: Sequence[str] = tuple(KINDS)) -> Iterator[Instruction]:
     """Instructions without end, the kinds in turn; the same seed gives the same ones. They may repeat. split: train or test.
 
-    Raises: ValueError for a kind or a split that there is not.
+    Raises: ValueError for a kind or a split that there is not, or no kind.
     """
+    if not kinds:
+        raise ValueError(f"kinds is empty: give at least one of {', '.join(KINDS)}.")
     if unknown := set(kinds) - KINDS.keys() or {split} - {"train", "test"}:
         raise ValueError(f"{sorted(unknown)[0]!r} is neither a kind ({', '.join(KINDS)}) nor a split (train, test).")
     draw = random.Random(f"instructions {seed}").random

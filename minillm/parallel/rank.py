@@ -78,6 +78,9 @@ def join_world(rank: int, size: int, backend: str, timeout: float, checked: bool
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        if store is None and (restart := os.environ.get("TORCHELASTIC_RESTART_COUNT")):
+            store, *_ = next(dist.rendezvous("env://"))  # torchrun keeps one for all starts: addresses of dead ranks are in it
+            store = dist.PrefixStore(f"start {restart}", store)
         dist.init_process_group(BACKENDS[backend], store=store, rank=rank if store else -1, world_size=size if store else -1,
                                 timeout=timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None)
     return Rank(rank, size, device, dist.group.WORLD)

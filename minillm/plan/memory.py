@@ -2,7 +2,7 @@
 
 With weights in 16 bits it is the gradient that conventions disagree on; minillm/train/master_weights.py does all three.
 Left out: activations, which depend on the batch and the context, buffers of communication, and fragmentation.
-Sources: arXiv:1910.02054 §3.1 (half), Megatron-LM's distributed optimizer (float).
+Sources: arXiv:1910.02054 §3.1 (half), §5 and §7 (ZeRO), Megatron-LM's distributed optimizer (float).
 """
 
 import math
@@ -43,6 +43,26 @@ def state_bytes(parameters: int, convention: str) -> States:
     if convention not in CONVENTIONS:
         raise ValueError(f"no convention is called {convention!r}: choose from {', '.join(CONVENTIONS)}.")
     return States(**{part: size * parameters for part, size in asdict(CONVENTIONS[convention]).items()})
+
+
+def zero_bytes(parameters: int, ranks: int, stage: int, convention: str = "half") -> States:
+    """Bytes that each rank keeps under ZeRO: stage 1 shares out master copies and moments, 2 gradients too, 3 weights too.
+
+    Cost: with "half" 16Ψ, 4Ψ + 12Ψ/P, 2Ψ + 14Ψ/P, 16Ψ/P. Raises: ValueError for an unknown convention or stage.
+    """
+    if stage not in range(4):
+        raise ValueError(f"stage = {stage}: ZeRO has the stages 1, 2 and 3, and 0 is whole copies.")
+    shared = {"weights": 3, "gradients": 2, "master": 1, "moments": 1}
+    return States(**{part: math.ceil(size / ranks) if stage >= shared[part] else size
+                     for part, size in asdict(state_bytes(parameters, convention)).items()})
+
+
+def zero_traffic(parameters: int, ranks: int, stage: int, microbatches: int = 1) -> float:
+    """Elements that each rank sends in a step; stage 0 is data parallelism.
+
+    Cost: (P-1)/P times 2Ψ, 2Ψ, 2Ψ, 3Ψ. Of M microbatches each has its own reduce-scatter from stage 2 on: (M + 1)Ψ, 3MΨ.
+    """
+    return (2, 2, microbatches + 1, 3 * microbatches)[stage] * parameters * (ranks - 1) / ranks
 
 
 def least_devices(size: int, memory: int) -> int:

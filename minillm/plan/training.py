@@ -13,7 +13,7 @@ from minillm.model.families import preset
 from minillm.model.flops import matmul_weights, training_days, training_flops, training_flops_per_token
 from minillm.model.transformer import Transformer, num_params
 from minillm.plan.devices import GB, Device
-from minillm.plan.memory import CONVENTIONS, States, least_devices, state_bytes
+from minillm.plan.memory import CONVENTIONS, States, least_devices, state_bytes, zero_bytes
 
 TOKENS_PER_PARAMETER = 20
 """About what makes the best model of a given compute. Source: Chinchilla, arXiv:2203.15556."""
@@ -126,8 +126,9 @@ def _room(plan: TrainingPlan) -> str:
         return f"more than the {gigabytes(memory)} that it holds: too few GPUs"
     if plan.gpus == 1:
         return f"of {gigabytes(memory)}"
+    some = ", ".join(f"ZeRO-{stage} {gigabytes(zero_bytes(plan.parameters, plan.gpus, stage, plan.convention).total)}" for stage in (2, 1))
     whole = "fit" if plan.states.total <= memory else "do not fit"
-    return f"of {gigabytes(memory)}, spread over all (ZeRO-3); whole copies (data parallel) {whole}"
+    return f"of {gigabytes(memory)}, spread over all (ZeRO-3); {some}; whole copies (data parallel) {whole}"
 
 
 def short(number: float) -> str:

@@ -16,22 +16,22 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._storages: dict[int, StorageWeakRef] = {}
         self.peak = 0
 
     @property
     def now(self) -> int:
-        """Bytes alive now. Views share a storage, which counts once."""
-        self._storages = {key: (ref, size) for key, (ref, size) in self._storages.items() if not ref.expired()}
-        return sum(size for _, size in self._storages.values())
+        """Bytes alive now. Views share a storage, which counts once, with the size that it has now."""
+        alive = {key: torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for key, ref in self._storages.items()}
+        self._storages = {key: self._storages[key] for key, storage in alive.items() if storage is not None}
+        return sum(storage.nbytes() for storage in alive.values() if storage is not None)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and _storage(tensor) not in given:
-                storage = tensor.untyped_storage()
-                self._storages[_storage(tensor)] = (StorageWeakRef(storage), storage.nbytes())
+                self._storages[_storage(tensor)] = StorageWeakRef(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
         return out
 

@@ -46,6 +46,8 @@ def test_the_seed_settles_everything():
     assert [one.kind for one in some(8)] == list(KINDS) * 2
     with pytest.raises(ValueError, match="'maths' is neither a kind"):
         next(instructions(kinds=["maths"]))
+    with pytest.raises(ValueError, match="kinds is empty"):
+        next(instructions(kinds=[]))
     with pytest.raises(ValueError, match="'val' is neither"):
         next(instructions(split="val"))
 

@@ -7,7 +7,7 @@ from minillm.config import ModelConfig
 from minillm.model.families import preset
 from minillm.model.transformer import Transformer, num_params
 from minillm.plan.devices import DEVICES, GB
-from minillm.plan.memory import CONVENTIONS, States, least_devices, state_bytes
+from minillm.plan.memory import CONVENTIONS, States, least_devices, state_bytes, zero_bytes, zero_traffic
 from minillm.train.master_weights import MasterWeights
 
 SMALL = ModelConfig(vocab_size=50, layers=2, width=24, heads=2, context=8)
@@ -48,6 +48,18 @@ def test_gpt2_of_the_zero_paper():
     assert (states.weights, states.total) == (3 * GB, 24 * GB)
     checkpoint = num_params(Transformer(preset("gpt2-1.5b"), device="meta"))  # 1.558B
     assert round(state_bytes(checkpoint, "half").total / GB, 1) == 24.9
+
+
+def test_the_zero_paper():
+    """arXiv:1910.02054, figure 1 and §7: 7.5B parameters on 64 GPUs; each rank's elements by stage, as times Ψ(P-1)/P."""
+    held = [zero_bytes(7_500_000_000, 64, stage).total / GB for stage in range(4)]
+    assert [round(size, 1) for size in held] == [120.0, 31.4, 16.6, 1.9]
+    assert [zero_traffic(64, 64, stage) for stage in range(4)] == [2 * 63, 2 * 63, 2 * 63, 3 * 63]
+    assert [zero_traffic(64, 64, stage, 4) for stage in range(4)] == [2 * 63, 2 * 63, 5 * 63, 12 * 63]
+    for stage in range(4):  # one rank has it all
+        assert zero_bytes(1001, 1, stage, "float") == state_bytes(1001, "float") and zero_traffic(64, 1, stage) == 0
+    with pytest.raises(ValueError, match="stage = 4"):
+        zero_bytes(1, 2, 4)
 
 
 def test_claim_that_gpt1_trains_in_1_4_gb():

@@ -81,7 +81,9 @@ def test_the_table():
     # By hand: 12 x 12 x 768² weights in the blocks, 768 x 50,257 in the head, 12 x 12 x 768 x 1,024 operations of attention.
     assert rows["a token"] == "8.54e08" and rows["training"] == "8.54e17" and rows["attention"] == "+15.3%"
     assert rows["parameters"] == "124M" and rows["tokens"] == "1B"
-    assert "whole copies (data parallel) fit" in table[-1] and "weights 2, gradients 2, master copies 4, moments 8" in table[-3]
+    # 124,439,808 weights over 2: 8 and 12 bytes shared, 4 + 6 and 2 + 7 on each
+    assert "0.996 GB" in table[-1] and "ZeRO-2 1.12 GB, ZeRO-1 1.24 GB; whole copies (data parallel) fit" in table[-1]
+    assert "weights 2, gradients 2, master copies 4, moments 8" in table[-3]
 
 
 def test_the_table_says_what_does_not_fit():

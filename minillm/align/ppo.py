@@ -142,7 +142,7 @@ def ppo(clip: float = 0.2) -> Callable[[Tensor, Experience], Tensor]:
     return loss
 
 
-def critic(clip: float = 0.2) -> Callable[[Tensor, Experience], Tensor]:
+def critic_loss(clip: float = 0.2) -> Callable[[Tensor, Experience], Tensor]:
     """The loss of the critic's Engine, whose model is a Scorer: the sum over the answers' tokens."""
     def loss(scores: Tensor, batch: Experience) -> Tensor:
         return value_loss(scores[..., 0], batch.values, batch.returns, clip)[batch.targets != IGNORED].sum()

@@ -67,7 +67,7 @@ def scores_of(scorer: Scorer, batch: Batch) -> Float[Tensor, "B"]:
     return final_scores(scorer(batch.ids, positions=batch.positions, segment_ids=batch.segment_ids), batch)
 
 
-def accuracy(scorer: Scorer, batch: Groups) -> float:
+def preference_accuracy(scorer: Scorer, batch: Groups) -> float:
     """How often the answer that was preferred has a higher score than all others."""
     best, others = scores_of(scorer, batch).view(-1, batch.group).split((1, batch.group - 1), dim=1)
     return float((best > others).all(1).double().mean())

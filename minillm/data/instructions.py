@@ -2,7 +2,7 @@
 
 Everything follows from a seed. A question belongs to training or to the test by what it asks, not by how it is put: 56+21,
 21+56 and 77-21 are one fact, so all of them are on the same side, under every seed and phrasing. Answers are checked by exact
-match. Preferences come from a stated rule (`score`) with noise of a known size, so the accuracy of a perfect reward model is
+match. Preferences come from a stated rule (`rule_score`) with noise of a known size, so the accuracy of a perfect reward model is
 known too. Left out: open questions, which would need a judge. Files: JSON lines in the layouts that TRL and others read.
 """
 
@@ -121,7 +121,7 @@ def exact_match(instruction: Instruction, answer: str) -> bool:
 
 # Preferences
 
-def score(instruction: Instruction, answer: str) -> float:
+def rule_score(instruction: Instruction, answer: str) -> float:
     """The rule: 2 for the right answer alone, 1 for an answer that says it among other words, 0 for any other."""
     words = f" {answer.strip().rstrip('.')} "
     return 2.0 if exact_match(instruction, answer) else float(f" {instruction.answer} " in words)
@@ -137,7 +137,7 @@ def preferences(seed: int = 0, split: str = "train", kinds: Sequence[str] = ("su
     draw = random.Random(f"preferences {seed}").random
     for right in instructions(seed, split, kinds):
         first, second = sorted(_answers(right, draw), key=lambda _: draw())[:2]
-        gap = score(right, first) - score(right, second)
+        gap = rule_score(right, first) - rule_score(right, second)
         likely = 1 / (1 + math.exp(-min(beta, 300) * gap))  # gaps are at most 2, and exp(710) is no float any more
         if draw() >= likely:
             first, second, likely = second, first, 1 - likely

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small import MODEL, PLAN
 
-from minillm.align.ppo import (AdaptiveKL, critic, experience, gae, improve, kl, last_of, policy_loss, ppo, token_rewards,
+from minillm.align.ppo import (AdaptiveKL, critic_loss, experience, gae, improve, kl, last_of, policy_loss, ppo, token_rewards,
                                value_loss, whiten)
 from minillm.align.reward import Scorer
 from minillm.align.rollout import log_probs_of, sample
@@ -158,7 +158,7 @@ def test_it_learns_what_a_program_rewards_and_its_critic_to_foresee_it():
     """The reward is the share of even tokens, which is 1/2 by chance."""
     reference, draw = Transformer(MODEL, seed=2), torch.Generator().manual_seed(0)
     policy = Engine(Transformer(MODEL, seed=2), replace(PLAN, lr=1e-2), loss=ppo())
-    judge = Engine(Scorer.of(reference), replace(PLAN, lr=1e-2), loss=critic())
+    judge = Engine(Scorer.of(reference), replace(PLAN, lr=1e-2), loss=critic_loss())
     means, errors = [], []
     for _ in range(16):
         rollouts = sample(policy.model, [[5, 6, 7], [8, 9]] * 16, 6, (), generator=draw)

@@ -10,7 +10,7 @@ from ranks import functions_travel_by_value  # noqa: F401  a fixture
 from minillm.align.dpo import dpo
 from minillm.align.grpo import PolicyBatch, grpo
 from minillm.align.pairs import Groups
-from minillm.align.ppo import Experience, critic, ppo
+from minillm.align.ppo import Experience, critic_loss, ppo
 from minillm.align.reward import Scorer, reward_loss
 from minillm.align.sft import pack
 from minillm.config import ParallelConfig
@@ -58,7 +58,7 @@ def walks(step):
 
 METHODS = {"sft": (Transformer, lambda: next_token_loss, conversations), "reward": (Scorer, lambda: reward_loss, groups),
            "dpo": (Transformer, lambda: dpo(), groups), "grpo": (Transformer, lambda: grpo(), sampled),
-           "ppo": (Transformer, lambda: ppo(), walks), "critic": (Scorer, lambda: critic(), walks)}
+           "ppo": (Transformer, lambda: ppo(), walks), "critic": (Scorer, lambda: critic_loss(), walks)}
 
 
 def trained(name, parallel=ParallelConfig()):

@@ -6,7 +6,7 @@ import torch
 from small import ACCUMULATED, MODEL, PLAN, TEMPLATE, TOKENIZER, pairs
 
 from minillm.align.pairs import pair_batch
-from minillm.align.reward import Scorer, accuracy, final_scores, ranking_loss, reward_loss, scores_of
+from minillm.align.reward import Scorer, preference_accuracy, final_scores, ranking_loss, reward_loss, scores_of
 from minillm.engine import Engine
 from minillm.model.transformer import Transformer
 
@@ -89,11 +89,11 @@ def test_it_learns_which_answers_are_preferred_and_is_right_about_new_ones():
     batch, new = (pair_batch(TEMPLATE, TOKENIZER, styles(*which)) for which in ((160, 0, "train"), (160, 1, "test")))
     model = Scorer.of(Transformer(MODEL, seed=2))
     engine = Engine(model, PLAN, loss=reward_loss)
-    assert accuracy(model, new) == 0.0 and engine.evaluate(new) / new.count == pytest.approx(math.log(2), rel=1e-5)  # all equal
+    assert preference_accuracy(model, new) == 0.0 and engine.evaluate(new) / new.count == pytest.approx(math.log(2), rel=1e-5)
     for step in range(40):
         engine.forward_backward(batch.take(torch.arange(32) + 32 * (step % 10)))
         engine.clip(1.0)
         engine.step()
     best = sum(pair.probability > 0.5 for pair in styles(160, 1, "test")) / 160  # what knowing the rule would give
     assert 0.8 < best < 0.95
-    assert accuracy(model, new) == pytest.approx(best, abs=0.02)  # three pairs of 160
+    assert preference_accuracy(model, new) == pytest.approx(best, abs=0.02)  # three pairs of 160

@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 
 from minillm.data.instructions import (KINDS, TEST_SHARE, Preference, conversation_row, exact_match, instructions,
-                                       preference_row, preferences, read_conversations, read_preferences, score, write_jsonl)
+                                       preference_row, preferences, read_conversations, read_preferences, rule_score, write_jsonl)
 
 
 def some(count, *args, **options):
@@ -75,7 +75,7 @@ def test_a_sum_keeps_its_side_however_it_is_put():
 def test_matches_and_scores():
     one = next(one for one in some(50, kinds=["sum"]) if one.answer == solved(one) and len(one.answer) == 2)
     assert exact_match(one, f" {one.answer}\n") and not exact_match(one, f"{one.answer}.")
-    assert [score(one, text) for text in (one.answer, f"It is {one.answer}.", f"1{one.answer}", "")] == [2, 1, 0, 0]
+    assert [rule_score(one, text) for text in (one.answer, f"It is {one.answer}.", f"1{one.answer}", "")] == [2, 1, 0, 0]
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.0])
@@ -94,7 +94,7 @@ def test_without_noise_the_better_answer_is_always_preferred():
     right = {one.question: one for one in some(300, 4, kinds=["sum", "sort", "reverse"])}
     for pair in islice(preferences(4, beta=math.inf), 300):
         one = right[pair.prompt[0]["content"]]
-        assert score(one, pair.chosen) > score(one, pair.rejected) and pair.probability == 1.0
+        assert rule_score(one, pair.chosen) > rule_score(one, pair.rejected) and pair.probability == 1.0
 
 
 @pytest.mark.parametrize("layout", ["messages", "prompt"])

@@ -121,6 +121,7 @@ def experience(rollouts: Rollouts, scores: Float[Tensor, "B"], reference: Transf
                gamma: float = 1.0, lam: float = 0.95) -> tuple[Experience, float]:
     """What policy and critic learn from, and the mean KL of an answer in nats, which AdaptiveKL wants to know.
 
+    Advantages are whitened over these answers: on several ranks, make it of all answers and give each rank its `part`.
     scores: of each answer, by a reward model or a program.   critic: a Scorer (reward.py); its score at a token is its
     guess, before the next one is written, of the rewards still to come.
     """

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from small import MODEL, PLAN, TEMPLATE, TOKENIZER, pairs
+from answers import MODEL, PLAN, TEMPLATE, TOKENIZER, pairs
 
 from minillm.align.dpo import dpo, preference_loss, with_reference
 from minillm.align.pairs import pair_batch

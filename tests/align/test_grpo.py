@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import MODEL, PLAN
+from answers import MODEL, PLAN
 
 from minillm.align.grpo import answer_loss, group_advantages, grpo, policy_batch
 from minillm.align.rollout import sample

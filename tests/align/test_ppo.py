@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import MODEL, PLAN
+from answers import MODEL, PLAN
 
 from minillm.align.ppo import (AdaptiveKL, critic_loss, experience, gae, improve, kl, last_of, policy_loss, ppo, token_rewards,
                                value_loss, whiten)

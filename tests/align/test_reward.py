@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import ACCUMULATED, MODEL, PLAN, TEMPLATE, TOKENIZER, pairs
+from answers import ACCUMULATED, MODEL, PLAN, TEMPLATE, TOKENIZER, pairs
 
 from minillm.align.pairs import pair_batch
 from minillm.align.reward import Scorer, preference_accuracy, final_scores, ranking_loss, reward_loss, scores_of

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import MODEL, PLAN
+from answers import MODEL, PLAN
 
 from minillm.align.ppo import policy_loss
 from minillm.align.rollout import log_probs_of, sample

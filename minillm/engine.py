@@ -55,7 +55,7 @@ class Engine:
     def __init__(self, model: ModelConfig | Transformer, train: TrainConfig, parallel: ParallelConfig = ParallelConfig(), *,
                  loss: Loss = next_token_loss, mesh: DeviceMesh | None = None):
         check_layout(model if isinstance(model, ModelConfig) else model.config, train, parallel, loss)
-        wanted = "zero" if parallel.zero and parallel.engine == "ours" else parallel.engine
+        wanted = {"ours": "zero", "torch": "fsdp"}[parallel.engine] if parallel.zero else parallel.engine
         if wanted != self.kind:
             raise ValueError(f"engine = {wanted!r}, and this is the engine {self.kind!r}: use build_engine of "
                              f"minillm/torch_engine.py, which chooses.")

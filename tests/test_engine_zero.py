@@ -160,5 +160,3 @@ def test_configurations_that_make_no_sense():
         ParallelConfig(dp=2, zero=4)
     with pytest.raises(ValueError, match="engine = 'zero', and this is the engine 'ours': use build_engine"):
         Engine(MODEL, BASE, ParallelConfig(dp=2, zero=1))
-    with pytest.raises(ValueError, match="engine = 'torch' with zero = 1: DDP holds everything"):
-        build_engine(MODEL, BASE, ParallelConfig(dp=2, zero=1, engine="torch"))

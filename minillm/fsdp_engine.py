@@ -90,12 +90,13 @@ class Sharded:
         return {name: tensor.full_tensor() for name, tensor in mine.items()}
 
     def part_of(self, dense: Mapping[str, Tensor]) -> dict[str, DTensor]:
-        """Dense tensors of parameters' names, the same on every rank, as DTensors like those parameters."""
+        """Dense tensors of parameters' names, the same on every rank, as DTensors like those parameters. Nothing is sent."""
         return {name: distribute_tensor(dense[name], piece.device_mesh, piece.placements, src_data_rank=None)
                 for name, piece in self.pieces.items() if name in dense}
 
     @torch.no_grad()
     def load(self, dense: Mapping[str, Tensor]) -> None:
         """Take the weights of a dense model."""
-        for name, part in self.part_of(dense).items():
-            self.pieces[name].copy_(part)
+        for name, tensor in dense.items():  # one at a time: on a GPU each is whole there for a moment
+            for part in self.part_of({name: tensor}).values():
+                self.pieces[name].copy_(part)

@@ -4,8 +4,8 @@ zero = 2 the gradients too, zero = 3 the weights too (minillm/parallel/zero1.py 
 What is saved is dense, as everywhere, so a run can change its stage, or leave ZeRO, at any checkpoint.
 Differs from engine.py: what the optimizer sees are pieces, of which each data-parallel rank has other ones, so norms are summed
 over those ranks, too. With precision in 16 bits and no master_weights, products are cast by autocast, whose copies of the
-weights stay until backward: zero = 3 then saves less. `--engine torch` does 2 and 3 by
-torch's FSDP2 (fsdp_engine.py).
+weights stay until backward: zero = 3 then saves less. `--engine torch` does 2 and 3 by FSDP2:
+minillm/fsdp_engine.py.
 """
 
 from dataclasses import replace

@@ -80,6 +80,8 @@ class Sharded:
     def publish(self) -> None:
         """Nothing is to be sent: the next forward gathers the weights."""
 
+    write_back = publish
+
     def reshard(self) -> None:
         """Free what is whole."""
         for module in self.modules:

@@ -34,6 +34,9 @@ NARROW = {"bf16": replace(BASE, precision="bf16"), "bf16 + masters": replace(BAS
           "fp16 + masters": replace(BASE, precision="fp16", master_weights=True)}
 
 
+MASTERS = "bf16 + masters"
+
+
 def layout(ranks, zero=3, engine="torch"):
     return ParallelConfig(dp=ranks, zero=zero, engine=engine, bucket_mb=0.01)
 
@@ -83,12 +86,13 @@ def seen(me, zero):
             "kind": type(engine), "loaded": engine.evaluate(batch(1).part(me.rank, me.size))}
 
 
-def everything(me, dense):
+def everything(me, dense, narrow):
     found = {"runs": [trained(model, plan, layout(me.size, zero)) for zero, model, plan in CASES[me.size]],
              "ours": trained(LLAMA, BASE, layout(me.size, engine="ours")), "resumed": resumed(LLAMA, BASE, dense, layout(me.size))}
     if me.size == 2:
         found |= {"twice": twice(layout(2)), "overflow": overflow_on_one_rank(me, layout(2)), "seen": {zero: seen(me, zero) for zero in (2, 3)},
-                  "narrow": {name: trained(LLAMA, plan, layout(2), wide=False) for name, plan in NARROW.items()}}
+                  "narrow": {name: trained(LLAMA, plan, layout(2), wide=False) for name, plan in NARROW.items()},
+                  "narrow resumed": resumed(LLAMA, NARROW[MASTERS], narrow, layout(2), wide=False)}
     return found
 
 
@@ -98,8 +102,13 @@ def dense():
 
 
 @pytest.fixture(scope="module")
-def results(dense):
-    return {ranks: launch(everything, ranks, dense, backend="gloo", timeout=100) for ranks in CASES}
+def narrow():
+    return trained(LLAMA, NARROW[MASTERS], wide=False)
+
+
+@pytest.fixture(scope="module")
+def results(dense, narrow):
+    return {ranks: launch(everything, ranks, dense, narrow, backend="gloo", timeout=100) for ranks in CASES}
 
 
 @pytest.mark.parametrize(("ranks", "number"), [(ranks, number) for ranks, cases in CASES.items() for number in range(len(cases))])
@@ -148,7 +157,7 @@ def test_a_state_goes_on_in_the_other_engines(results, dense):
             assert resumed(LLAMA, BASE, rank["runs"][0])[1] == pytest.approx(wanted[1], rel=1e-6)
 
 
-def test_16_bits_and_skipped_steps(results):
+def test_16_bits_and_skipped_steps(results, narrow):
     for name, plan in NARROW.items():
         wanted = trained(LLAMA, plan, wide=False)
         for ours in (rank["narrow"][name] for rank in results[2]):
@@ -156,6 +165,9 @@ def test_16_bits_and_skipped_steps(results):
             assert ours["losses"] == pytest.approx(wanted["losses"], rel=5e-3)
             assert ours["state"].keys() == wanted["state"].keys() and ours["weights"]["embed.weight"].dtype == torch.float32
             assert ours["model"]["embed.weight"].dtype == wanted["model"]["embed.weight"].dtype
+    # as above
+    goes_on = 10, pytest.approx(resumed(LLAMA, NARROW[MASTERS], narrow, wide=False)[1], rel=5e-3)
+    assert [rank["narrow resumed"] for rank in results[2]] == [goes_on] * 2
     assert [rank["overflow"] for rank in results[2]] == [[(True, 65_536), (False, 32_768), (True, 32_768)]] * 2
 
 

@@ -80,7 +80,7 @@ class Sharded:
     def publish(self) -> None:
         """Nothing is to be sent: the next forward gathers the weights."""
 
-    write_back = publish
+    write_back = publish  # as MasterWeights calls it
 
     def reshard(self) -> None:
         """Free what is whole."""

@@ -4,7 +4,8 @@ What minillm/parallel/zero2.py and zero3.py do by flat tensors, torch does here 
 gradients and the optimizer's states are DTensors. zero = 3 frees a block's weights after its forward, zero = 2 keeps them until
 backward (`reshard_after_forward=False`); in both they go after a step, and gradients are summed, as ours, in each microbatch.
 What is saved is dense, so a run can go on without FSDP2, or leave it, at any checkpoint.
-With master_weights the float32 DTensors are the masters, and their 16-bit copies live as long as a block is whole.
+With master_weights the float32 DTensors are the masters, and their 16-bit copies live as long as a block is whole; autocast's,
+as with ours, stay until backward.
 Source: arXiv:2304.11277; torch.distributed.fsdp.fully_shard. Left out: tensor ranks beside it; zero = 1, which FSDP2 has no
 form of; --parallel.bucket-mb, since one message carries a block.
 """
@@ -50,6 +51,7 @@ class Sharded:
     """A model that `fully_shard` has shared out, with what ZeroEngine asks of minillm/parallel/zero1.py's classes.
 
     dtype: 16 bits to compute in; None is the weights' own.   free: whether a block's weights go after its forward.
+    Cost: in each microbatch a gather and a reduce-scatter for each block and for the rest; with free, another gather a block.
     """
 
     shared = False

@@ -5,6 +5,7 @@ import shutil
 import signal
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,13 +128,13 @@ def test_ten_steps_are_those_of_our_zero_3(results):
 
 def test_what_a_rank_holds_and_sends(results):
     model = Transformer(LLAMA)
-    everything, blocks = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks))
+    whole_model, blocks = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks))
     wanted = float(Engine(Transformer(LLAMA, seed=4), BASE).evaluate(batch(1)))
     for number, rank in enumerate(results[2]):
         for zero, found in rank["seen"].items():
             assert found["kind"] is FsdpEngine and found["after"] == [0, 0]
             assert found["held"] == sum(p.chunk(2)[number].numel() for p in model.parameters())
-            assert found["at head"] == everything - (blocks if zero == 3 else 0)
+            assert found["at head"] == whole_model - (blocks if zero == 3 else 0)
             # a gather for each block and the rest, with 3 another for each block in backward; the targets' count and the loss
             assert found["sent"] == {"allgather_base": 3 + 2 * (zero == 3), "reduce_scatter_base": 3, "allreduce": 2}
             assert found["clipped"] == {"all_reduce": 1}
@@ -223,3 +224,18 @@ def test_what_it_cannot_do_is_refused():
             build_engine(LLAMA, plan, ParallelConfig(**parallel, engine="torch"))
     with pytest.raises(ValueError, match="engine = 'fsdp', and this is the engine 'ours': use build_engine"):
         Engine(LLAMA, BASE, ParallelConfig(dp=2, zero=3, engine="torch"))
+
+
+def short_runs(me, models):
+    return [trained(model, BASE, layout(me.size), steps=2) for model in models]
+
+
+@pytest.mark.slow
+def test_every_family(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).with_name("parallel"))
+    from split_families import CONFIGS
+    models = [replace(config, vocab_size=301, context=32) for config in CONFIGS.values()] + [replace(LLAMA, experts=4)]
+    assert len(models) >= 30
+    for rank in launch(short_runs, 2, models, backend="gloo", timeout=100):
+        for ours, model in zip(rank, models, strict=True):
+            like_one_process(ours, trained(model, BASE, steps=2))

@@ -7,6 +7,7 @@ the fields of ModelConfig and TrainConfig. An error that the library explains is
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -295,7 +296,8 @@ def parse(args: list[str]):
     """The command that the arguments ask for. Unknown options end the program with the nearest known ones."""
     if args[:1] == ["train"]:
         start = Train(model=preset(_value_of("--preset", args, "first")))
-        return tyro.cli(Train, prog="minillm train", args=args[1:], default=start)
+        words = [re.sub(r"^--engine(?=$|=)", "--parallel.engine", word) for word in args[1:]]
+        return tyro.cli(Train, prog="minillm train", args=words, default=start)
     return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="minillm", args=args or ["--help"],
                                                 description="From raw text to a model that talks.")
 

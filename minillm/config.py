@@ -260,6 +260,8 @@ class ParallelConfig:
     """With tp: between the matrices, each of those ranks keeps only its share of the tokens, too."""
     bucket_mb: float = 25.0
     """MiB of gradients that travel together between data-parallel ranks."""
+    engine: Literal["ours", "torch"] = "ours"
+    """What runs it: this package's code, or torch's DistributedDataParallel and DTensor. --engine is short for it."""
 
     def __post_init__(self):
         """Refuse an axis without ranks, and buckets without room."""

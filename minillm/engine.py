@@ -45,9 +45,14 @@ class Engine:
     Raises: ValueError for a device that is not there, or a layout that this world, the model or the training does not fit.
     """
 
+    kind = "ours"
+
     def __init__(self, model: ModelConfig | Transformer, train: TrainConfig, parallel: ParallelConfig = ParallelConfig(), *,
                  loss: Loss = next_token_loss, mesh: DeviceMesh | None = None):
         check_layout(model if isinstance(model, ModelConfig) else model.config, train, parallel, loss)
+        if parallel.engine != self.kind:
+            raise ValueError(f"engine = {parallel.engine!r}, and this is the engine {self.kind!r}: use build_engine of "
+                             f"minillm/torch_engine.py, which chooses.")
         self.config, self.parallel, self.loss, self.log_z_squared = train, parallel, loss, log_z_squared
         self.device = choose_device(train.device)
         built = model if isinstance(model, Transformer) else Transformer(model, seed=train.seed)
@@ -58,10 +63,7 @@ class Engine:
             self._join(mesh)
         self.masters = MasterWeights(self.model, DTYPES[train.precision]) if train.master_weights else None
         self.weights: dict[str, Tensor] = dict((self.masters or self.model).named_parameters())
-        self.replicas = None
-        if self.group:
-            self.replicas = Overlapped(self.weights, self.group, watched=dict(self.model.named_parameters()),
-                                       bucket_bytes=max(1, int(parallel.bucket_mb * 2 ** 20)))
+        self.replicas = self._replicate() if self.group else None
         self.optimizer = build_optimizer(self.weights.items(), train)
         self.scaler = None
         if train.precision == "fp16":
@@ -86,8 +88,8 @@ class Engine:
         total, count = torch.zeros((), device=self.device), self._everyones_count(batch)
         scale = self.scaler.scale if self.scaler else 1.0
         for number, part in enumerate(parts):
-            loss, penalty = self._loss(self._forward, part)
             with self.replicas.no_sync() if self.replicas and number < len(parts) - 1 else nullcontext():
+                loss, penalty = self._loss(self._forward, part)
                 ((loss + penalty) / count * scale).backward()
             total += loss.detach() / count
         if self.replicas:
@@ -180,11 +182,16 @@ class Engine:
             self.tensor_group, self.world = tensor.get_group(), self.ranks * tensor.size()
             self.first &= tensor.get_local_rank() == 0
             broadcast_from_first(everything, self.tensor_group)
-            self._split()
+            self._split(tensor)
 
-    def _split(self) -> None:
+    def _replicate(self) -> Overlapped:
+        """What sums the gradients over the data axis while backward runs."""
+        return Overlapped(self.weights, self.group, watched=dict(self.model.named_parameters()),
+                          bucket_bytes=max(1, int(self.parallel.bucket_mb * 2 ** 20)))
+
+    def _split(self, tensor: DeviceMesh) -> None:
         """Cut the model, and take the losses that read logits which are split by token."""
-        config, group = self.model.config, self.tensor_group
+        config, group = self.model.config, tensor.get_group()
         split = apply_sequence_parallel if self.parallel.sequence_parallel else apply_tensor_parallel
         split(self.model, group, sharding_table(config))
         self.loss = lambda logits, batch: vocabulary_cross_entropy(logits, batch.targets, config.vocab_size, group)

@@ -8,8 +8,9 @@ import torch
 from minillm.config import ParallelConfig, TrainConfig
 from minillm.data.loader import Batch, Loader
 from minillm.data.prepare import DataConfig, Prepared, prepare
-from minillm.engine import Engine
 from minillm.model.families import preset
+from minillm.torch_engine import build_engine
+from minillm.train.metrics import read_metrics
 from minillm.trainer import Trainer
 
 TINY = preset("first", vocab_size=300, layers=1, width=16, heads=2, context=32)
@@ -24,9 +25,16 @@ def small_data(folder: Path) -> Prepared:
 def trainer(data: Prepared, run: Path, model=TINY, parallel=ParallelConfig(), **changes) -> Trainer:
     """A trainer over the small data."""
     plan = replace(PLAN, **changes)
-    engine = Engine(model, plan, parallel)
+    engine = build_engine(model, plan, parallel)
     loader = Loader(data.train, plan.batch_size, model.context, seed=plan.seed, rank=engine.rank, ranks=engine.ranks)
     return Trainer(engine, loader, data.val, run, tokenizer=data.tokenizer)
+
+
+def run_losses(run: Path) -> dict[int, float]:
+    """Of a run's metrics file, by step."""
+    found = [(r["step"], r["loss"]) for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+    assert len(found) == len(dict(found))  # one writer
+    return dict(found)
 
 
 def batch(seed=0, rows=4) -> Batch:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from minillm.cli import main
+from minillm.cli import main, parse
 from minillm.train import checkpoint
 
 
@@ -33,6 +33,11 @@ def test_help(capsys, args):
     assert code == 0 and "minillm" in out
     if args == ["train", "--help"]:
         assert "--model.kv-heads" in out and "--train.warmup-steps" in out and "--data.source" in out
+
+
+def test_the_engine_has_a_short_name():
+    for words in (["--engine", "torch"], ["--engine=torch"], ["--parallel.engine", "torch"], ["--preset", "llama-7b", "--engine", "torch"]):
+        assert parse(["train", *words]).parallel.engine == "torch" and parse(["train"]).parallel.engine == "ours"
 
 
 def test_unknown_words_suggest_the_nearest(capsys):

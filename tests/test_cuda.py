@@ -21,6 +21,7 @@ from minillm.parallel.launch import launch
 from minillm.train.loss_scale import LossScaler
 from minillm.train.precision import Autocast
 from runs import PLAN, TINY, batch, losses, small_data, trainer
+from steps import like_one_process, trained
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 SMALL = dict(vocab_size=300, layers=2, width=64, heads=4, context=32)
@@ -156,3 +157,20 @@ def test_ranks_on_gpus_talk_by_nccl():
     # every rank reads the same batch here, so their mean is that of one
     alone = losses(Engine(MODELS["llama"], dataclasses.replace(PLAN, device="cuda")), 3)
     assert all(found_losses == pytest.approx(alone, rel=1e-4) for _, _, found_losses in found)
+
+
+def in_layouts(me, model, plan, layouts):
+    return [trained(model, plan, layout) for layout in layouts]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs 4 GPUs")
+@pytest.mark.parametrize("engine", ["ours", "torch"])
+def test_every_layout_on_four_gpus_is_one_gpu(engine):
+    """Over NCCL, with the tolerances of gloo: float64 on the same kind of device, so only the order of summation differs."""
+    plan = dataclasses.replace(PLAN, batch_size=8, lr=1e-2, clip_norm=0.1, device="cuda")
+    degrees = [dict(dp=4), dict(dp=2, tp=2), dict(dp=2, tp=2, sequence_parallel=True)]
+    layouts = [ParallelConfig(**some, bucket_mb=0.01, engine=engine) for some in degrees]
+    wanted = trained(MODELS["mistral"], plan)
+    for rank in launch(in_layouts, 4, MODELS["mistral"], plan, layouts, backend="nccl"):
+        for found in rank:
+            like_one_process(found, wanted)

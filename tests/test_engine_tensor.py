@@ -10,19 +10,17 @@ from ranks import functions_travel_by_value  # noqa: F401  a fixture
 from safetensors.torch import load_file
 
 from minillm.config import ParallelConfig
-from minillm.data.loader import IGNORED, Batch
 from minillm.data.prepare import open_prepared
 from minillm.engine import Engine, check_layout
 from minillm.model.huggingface import CheckpointError
-from minillm.model.transformer import Transformer
 from minillm.parallel.agreement import FirstRankError
 from minillm.parallel.launch import launch
 from minillm.parallel.mesh import build_mesh
-from minillm.parallel.tensor_parallel import gather_dense
 from minillm.train.checkpoint import checkpoints
 from minillm.train.loss import next_token_loss
 from minillm.train.metrics import read_metrics
-from runs import PLAN, TINY, small_data, trainer
+from runs import PLAN, TINY, run_losses, small_data, trainer
+from steps import like_one_process, resumed, share, trained
 
 MODEL = replace(TINY, layers=2, heads=4, kv_heads=2)  # on four ranks, two hold the same KV head
 BASE = replace(PLAN, batch_size=8, lr=1e-2, clip_norm=0.1)
@@ -32,42 +30,6 @@ NARROW = {"bf16": replace(BASE, precision="bf16"), "fp16 + masters": replace(BAS
 LAYOUTS = {2: [dict(dp=2), dict(tp=2), dict(tp=2, sequence_parallel=True)],
            4: [dict(dp=2, tp=2), dict(tp=4), dict(dp=2, tp=2, sequence_parallel=True)]}
 CASES = [(ranks, number, name) for ranks in LAYOUTS for number in range(3) for name in PLANS]
-
-
-def batch(step, rows=8):
-    """The first rows have few targets, so that the data ranks' counts differ."""
-    ids = torch.randint(0, 300, (rows, 33), generator=torch.Generator().manual_seed(step))
-    targets = ids[:, 1:].clone()
-    targets[:1, :30] = targets[1:2, 4:] = IGNORED
-    return Batch(ids[:, :-1].clone(), targets)
-
-
-def share(engine, step, rows=8):
-    return batch(step, rows).part(engine.rank, engine.ranks)
-
-
-def dense_of(engine, tensors):
-    """The tensors as one process has them."""
-    found = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    return gather_dense(engine.model, engine.tensor_group, found) if engine.tensor_group else found
-
-
-def take_step(engine, step):
-    loss = float(engine.forward_backward(share(engine, step)))
-    gradients = dense_of(engine, {name: weight.grad for name, weight in engine.weights.items()})
-    norm = float(engine.clip(engine.config.clip_norm))
-    engine.step()
-    return loss, norm, gradients
-
-
-def trained(plan, parallel=ParallelConfig(), wide=True):
-    """Everything that can be seen of ten steps. wide: in float64."""
-    engine = Engine(Transformer(MODEL, seed=3).double() if wide else MODEL, plan, parallel)
-    losses, norms, gradients = zip(*(take_step(engine, step) for step in range(10)), strict=True)
-    return {"losses": losses, "norms": norms, "gradients": gradients[0], "last": gradients[-1],
-            "weights": dense_of(engine, engine.weights), "state": engine.state_dict(),
-            "evaluation": [engine.evaluate(share(engine, 100, rows)) for rows in (1, 8)],  # of 1 row, one rank has none
-            "model": engine.whole_model().state_dict(), "held": sum(w.numel() for w in engine.weights.values())}
 
 
 def overflow_on_one_rank(me, parallel):
@@ -82,27 +44,19 @@ def overflow_on_one_rank(me, parallel):
     return found
 
 
-def resumed(source, parallel=ParallelConfig()):
-    """The losses after the state and weights of another layout were loaded."""
-    engine = Engine(Transformer(MODEL, seed=9).double(), BASE, parallel)
-    engine.load_weights(source["model"])
-    engine.load_state_dict(source["state"])
-    return engine.steps_done, [take_step(engine, step)[0] for step in (11, 12)]
-
-
 def everything(me, layouts, dense):
     found = []
     for layout in layouts:
         parallel = ParallelConfig(**layout, bucket_mb=0.01)
-        found.append({"runs": {name: trained(plan, parallel) for name, plan in PLANS.items()},
-                      "narrow": {name: trained(plan, parallel, wide=False) for name, plan in NARROW.items()},
-                      "overflow": overflow_on_one_rank(me, parallel), "resumed": resumed(dense, parallel)})
+        found.append({"runs": {name: trained(MODEL, plan, parallel) for name, plan in PLANS.items()},
+                      "narrow": {name: trained(MODEL, plan, parallel, wide=False) for name, plan in NARROW.items()},
+                      "overflow": overflow_on_one_rank(me, parallel), "resumed": resumed(MODEL, BASE, dense, parallel)})
     return found
 
 
 @pytest.fixture(scope="module")
 def dense():
-    return {name: trained(plan) for name, plan in PLANS.items()}
+    return {name: trained(MODEL, plan) for name, plan in PLANS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +66,8 @@ def results(dense):
 
 @pytest.mark.parametrize(("ranks", "number", "name"), CASES)
 def test_ten_steps_are_those_of_one_process(results, dense, ranks, number, name):
-    wanted = dense[name]
-    for ours in (rank[number]["runs"][name] for rank in results[ranks]):
-        # the loss that is returned is added up in float32, all else in float64: only the order of summation differs
-        assert ours["losses"] == pytest.approx(wanted["losses"], rel=1e-6)
-        assert ours["norms"] == pytest.approx(wanted["norms"], rel=1e-9)
-        assert ours["evaluation"] == pytest.approx(wanted["evaluation"], rel=1e-9)
-        for part in ("gradients", "last", "weights", "model", "state"):
-            assert ours[part].keys() == wanted[part].keys() and len(ours[part]) > 5
-            for key, expected in wanted[part].items():
-                if key == "rng":  # nobody draws from it, and each process began with its own
-                    continue
-                torch.testing.assert_close(ours[part][key], expected, rtol=1e-7, atol=1e-10)
+    for rank in results[ranks]:
+        like_one_process(rank[number]["runs"][name], dense[name])
 
 
 def test_a_rank_holds_its_part(results, dense):
@@ -137,7 +81,7 @@ def test_a_rank_holds_its_part(results, dense):
 
 def test_in_16_bits_it_stays_close_to_one_process(results):
     for name, plan in NARROW.items():
-        wanted = trained(plan, wide=False)
+        wanted = trained(MODEL, plan, wide=False)
         for rank in [rank for ranks in results.values() for rank in ranks]:
             for ours in rank:
                 # products of 8 or 11 bits, and partial sums rounded to as many; ten steps of Adam, a mean of 200 tokens
@@ -152,13 +96,13 @@ def test_all_ranks_skip_the_same_steps(results):
 
 
 def test_a_state_goes_on_in_every_layout(results, dense):
-    wanted = resumed(dense["plain"])
+    wanted = resumed(MODEL, BASE, dense["plain"])
     assert wanted[0] == 10
     for rank in [rank for ranks in results.values() for rank in ranks]:
         for ours in rank:
             # float64; the loss that is returned is added up in float32
             assert ours["resumed"][0] == 10 and ours["resumed"][1] == pytest.approx(wanted[1], rel=1e-6)
-            assert resumed(ours["runs"]["plain"])[1] == pytest.approx(wanted[1], rel=1e-6)
+            assert resumed(MODEL, BASE, ours["runs"]["plain"])[1] == pytest.approx(wanted[1], rel=1e-6)
 
 
 FOUR = ParallelConfig(dp=2, tp=2)
@@ -179,12 +123,6 @@ def jobs(me, folder, runs):
         return finished, again, looked, type(error).__name__, "the disk is full" in str(error)
 
 
-def losses(run):
-    found = [(r["step"], r["loss"]) for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
-    assert len(found) == len(dict(found))  # one writer
-    return dict(found)
-
-
 def test_checkpoints_are_dense_and_a_run_goes_on_in_another_layout(tmp_path):
     data = small_data(tmp_path / "data")
     trainer(data, tmp_path / "alone", model=MODEL).train()
@@ -194,11 +132,11 @@ def test_checkpoints_are_dense_and_a_run_goes_on_in_another_layout(tmp_path):
                      *[(True, True, [], "FirstRankError", True)] * 3]
     shutil.copytree(tmp_path / "four", tmp_path / "back")
     assert trainer(data, tmp_path / "back", model=MODEL).train(resume=tmp_path / "back" / "step-000004")
-    wanted = losses(tmp_path / "alone")
+    wanted = run_losses(tmp_path / "alone")
     assert list(wanted) == [1, 2, 3, 4, 5, 6]
     for run in ("four", "went on", "back"):
         # float32: sums in another order; a few steps of Adam, whose first ones amplify what is close to 0
-        assert losses(tmp_path / run) == pytest.approx(wanted, rel=1e-4)
+        assert run_losses(tmp_path / run) == pytest.approx(wanted, rel=1e-4)
         assert [folder.name for folder in checkpoints(tmp_path / run)] == ["step-000004", "step-000006"]
         for file in ("model.safetensors", "optimizer.safetensors"):
             ours, theirs = (load_file(tmp_path / name / "step-000006" / file) for name in (run, "alone"))
@@ -240,9 +178,9 @@ def test_torchrun_does_what_one_process_does(tmp_path):
     code, said, err = ended(start(*TRAIN, "--out", tmp_path / "four", "--parallel.dp", "2", "--parallel.tp", "2", ranks=4))
     assert code == 0, err
     assert "on cpu, 4 ranks" in said and alone.count("Done. Validation loss") == said.count("Done. Validation loss") == 1
-    wanted = losses(tmp_path / "alone")
+    wanted = run_losses(tmp_path / "alone")
     # float32: sums in another order
-    assert len(wanted) == 6 and losses(tmp_path / "four") == pytest.approx(wanted, rel=1e-4)
+    assert len(wanted) == 6 and run_losses(tmp_path / "four") == pytest.approx(wanted, rel=1e-4)
     samples = [[r["sample"] for r in read_metrics(tmp_path / run / "metrics.jsonl") if "sample" in r]
                for run in ("alone", "four")]
     assert len(samples[0]) == len(samples[1]) > 0 and all(samples[1])

@@ -22,6 +22,7 @@ from minillm.model.transformer import Transformer, num_params
 from minillm.parallel.agreement import on_first
 from minillm.parallel.launch import launch
 from minillm.progress import say
+from minillm.torch_engine import build_engine, check_torch_layout
 from minillm.train.checkpoint import checkpoints, latest_checkpoint
 from minillm.train.precision import DTYPES
 from minillm.trainer import Trainer
@@ -38,6 +39,8 @@ def first_run(request) -> int:
     """
     ranks, started = request.parallel.world_size, int(os.environ.get("WORLD_SIZE", 1))
     check_layout(request.model, request.train, request.parallel)
+    if request.parallel.engine == "torch":
+        check_torch_layout(request.model, request.train, request.parallel)
     if ranks > 1 and started == 1:
         axes = " ".join(f"--parallel.{axis} {size}" for axis, size in request.parallel.axes.items())
         raise ValueError(f"{axes} is for {ranks} ranks, and this is one process. Start them with: "
@@ -60,7 +63,7 @@ def _run(request, group) -> int:
     data = _data(request, run, group)
     model = _fitting(request.model, data)
     size = num_params(Transformer(model, device="meta"))
-    engine = Engine(model, request.train, request.parallel)
+    engine = build_engine(model, request.train, request.parallel)
     loader = Loader(data.train, request.train.batch_size, model.context, seed=request.train.seed, rank=engine.rank,
                     ranks=engine.ranks)
     steps = request.train.steps

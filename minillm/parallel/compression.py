@@ -72,7 +72,7 @@ def quantise(x: Float[Tensor, "N"], block: int,
     rows = torch.nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)
     scales = rows.abs().amax(1) / 127
     steps = rows / torch.where(scales > 0, scales, 1)[:, None]
-    up = torch.rand(rows.shape, generator=generator, dtype=x.dtype, device=x.device)
+    up = torch.rand(rows.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)
     return (steps + up).floor().clamp(-127, 127).to(torch.int8).view(-1)[:len(x)], scales
 
 

@@ -251,7 +251,7 @@ def _cut(model: nn.Module, table: Table, rank: int, ranks: int) -> dict[str, Par
     parts, cut = {}, {}
     named = dict(model.named_parameters(remove_duplicate=False))
     for name, whole in named.items():
-        how, pieces, even = _entry(name, table)
+        how, pieces, even = split_of(name, table)
         if how == "whole":
             continue
         owner, _, leaf = name.rpartition(".")
@@ -269,7 +269,8 @@ def _cut(model: nn.Module, table: Table, rank: int, ranks: int) -> dict[str, Par
     return parts
 
 
-def _entry(name: str, table: Table) -> tuple[str, int, bool]:
+def split_of(name: str, table: Table) -> tuple[str, int, bool]:
+    """A parameter's entry: of the first pattern that matches. Raises: ValueError if none does."""
     for pattern, split in table.items():
         if fnmatchcase(name, pattern):
             return split

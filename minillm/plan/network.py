@@ -255,6 +255,20 @@ def _cost(algorithm: str, ranks: int) -> tuple[int, float]:
     return COSTS[algorithm](ranks)
 
 
+def data_parallel_all_reduces(sizes: Sequence[int], bucket_bytes: int = 25 * 2 ** 20, item: int = 4) -> list[int]:
+    """Bytes of every all-reduce that one step of data parallelism makes, however many microbatches it has.
+
+    sizes: elements of each trained parameter that a rank holds, in the model's order, a tied one once.   item: bytes of a
+    gradient.   The buckets (minillm/parallel/data_parallel.py), then the count of targets (int64) and the loss (float32).
+    """
+    buckets = [0]
+    for size in (elements * item for elements in reversed(sizes)):
+        if buckets[-1] and buckets[-1] + size > bucket_bytes:
+            buckets.append(0)
+        buckets[-1] += size
+    return buckets + [8, 4]
+
+
 def tensor_parallel_all_reduces(config: ModelConfig, tokens: int, item: int = 2, recompute: bool = False) -> list[int]:
     """Bytes of every all-reduce that one step of a tensor-parallel model makes, on `tokens` tokens.
 

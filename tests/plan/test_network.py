@@ -5,6 +5,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from minillm.config import ParallelConfig, TrainConfig
+from minillm.data.loader import Batch
+from minillm.engine import Engine
 from minillm.model.families import gpt2, llama3
 from minillm.model.sharding import sharding_table
 from minillm.model.transformer import Transformer
@@ -12,8 +15,8 @@ from minillm.parallel import collectives
 from minillm.parallel.launch import launch
 from minillm.parallel.tensor_parallel import apply_tensor_parallel, vocabulary_cross_entropy
 from minillm.plan.network import (
-    BUS_FACTORS, COSTS, GB, LINKS, Link, Message, bus_bandwidth, chunk_sizes, crossover, find_link, fit_link, predict, rounds_of,
-    seconds_of, tensor_parallel_all_reduces, traffic)
+    BUS_FACTORS, COSTS, GB, LINKS, Link, Message, bus_bandwidth, chunk_sizes, crossover, data_parallel_all_reduces, find_link,
+    fit_link, predict, rounds_of, seconds_of, tensor_parallel_all_reduces, traffic)
 
 LINK = Link(1e-5, 1e9)
 
@@ -192,21 +195,26 @@ def test_predictions_are_what_the_collectives_send(ranks, elements):
     assert set(COSTS) - set(counted[0]) == {"halving_all_reduce", "tree_all_reduce"}  # only planned: two of the above make a tree
 
 
-def all_reduces_of_a_step(me, config, dtype):
-    """Bytes of every all-reduce of one forward and backward, in order."""
-    model = apply_tensor_parallel(Transformer(config).to(dtype), me.group, sharding_table(config))
+def recorded(step):
+    """Bytes of every all-reduce of torch that a call makes, with the number of ranks that take part, in order."""
     real, sizes = dist.all_reduce, []
 
-    def recording(tensor, *args, **options):
-        sizes.append(tensor.numel() * tensor.element_size())
-        return real(tensor, *args, **options)
+    def recording(tensor, *args, group, **options):
+        sizes.append((dist.get_world_size(group), tensor.numel() * tensor.element_size()))
+        return real(tensor, *args, group=group, **options)
     dist.all_reduce = recording
     try:
-        ids = torch.arange(14).view(2, 7)
-        vocabulary_cross_entropy(model(ids), ids, config.vocab_size, me.group).backward()
+        step()
     finally:
         dist.all_reduce = real
     return sizes
+
+
+def all_reduces_of_a_step(me, config, dtype):
+    """Bytes of every all-reduce of one forward and backward, in order."""
+    model, ids = apply_tensor_parallel(Transformer(config).to(dtype), me.group, sharding_table(config)), torch.arange(14).view(2, 7)
+    found = recorded(lambda: vocabulary_cross_entropy(model(ids), ids, config.vocab_size, me.group).backward())
+    return [size for _, size in found]
 
 
 @pytest.mark.parametrize("family", [gpt2, llama3])
@@ -218,3 +226,33 @@ def test_every_all_reduce_of_a_tensor_parallel_step_is_foreseen(family, dtype):
     for counted in launch(all_reduces_of_a_step, 2, config, dtype):
         assert sorted(counted) == sorted(planned)
     assert len(tensor_parallel_all_reduces(config, 14, recompute=True)) == len(planned) + 2 * 3
+
+
+SMALL = dict(vocab_size=60, layers=3, width=32, heads=4, ffn_width=48, context=8)
+
+
+def all_reduces_of_the_engine(me, config, parallel):
+    """The same of an engine's step with two microbatches: on tensor ranks, and on data ranks; and what this rank's ring sends."""
+    engine = Engine(config, TrainConfig(batch_size=8, microbatch_size=4 // parallel.dp, device="cpu"), parallel)
+    share = Batch(torch.arange(64).view(8, 8) % 60, torch.arange(64).view(8, 8) % 60).part(engine.rank, engine.ranks)
+    found = recorded(lambda: (engine.forward_backward(share), engine.step()))
+    counter = collectives.Traffic()
+    for _, size in found if parallel.tp == 1 else ():
+        collectives.ring_all_reduce(torch.empty(size // 4), me.group, counter)
+    return found, [w.numel() for w in engine.weights.values()], counter.bytes
+
+
+@pytest.mark.parametrize("degrees", [dict(dp=2), dict(dp=4), dict(dp=4, tp=2)], ids=str)
+def test_every_all_reduce_of_the_engines_step_is_foreseen(degrees):
+    """On 2, 4 and 8 ranks, in bytes and in messages' bytes on the wire."""
+    parallel, config = ParallelConfig(**degrees, bucket_mb=0.02), replace(llama3, **SMALL, kv_heads=2)
+    for rank, (counted, sizes, sent) in enumerate(launch(all_reduces_of_the_engine, parallel.world_size, config, parallel,
+                                                          backend="gloo")):
+        data = data_parallel_all_reduces(sizes, bucket_bytes=int(0.02 * 2 ** 20))
+        assert len(data) > 4 and sum(data) == 4 * sum(sizes) + 12
+        tensor = tensor_parallel_all_reduces(config, 2 * 4 // parallel.dp * 8, 4) if parallel.tp > 1 else []
+        passes = 2 * [size // 2 for size in tensor]  # two microbatches
+        assert sorted(counted) == sorted([(parallel.dp, size) for size in data] + [(parallel.tp, size) for size in passes])
+        if parallel.tp == 1:
+            rounds = sum((rounds_of("ring_all_reduce", size, parallel.dp, 4) for size in data), [])
+            assert sent == traffic(rounds, parallel.dp).bytes[rank]

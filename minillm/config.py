@@ -250,14 +250,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a run is laid out over ranks: dp · tp of them. Both axes have been run on CPUs over gloo only."""
+    """How a run is laid out over ranks: dp · tp · pp of them. All axes have been run on CPUs over gloo only."""
 
     dp: int = 1
     """Data-parallel ranks: each sees its own share of every batch."""
     tp: int = 1
     """Tensor-parallel ranks: each holds a part of every matrix, and sees the same rows."""
+    pp: int = 1
+    """Pipeline ranks: each holds some of the layers; microbatches (--train.microbatch-size) pass through them."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """With pp: in which order each rank does its forwards and backwards."""
+    chunks: int = 1
+    """With schedule = "interleaved": stages on each rank."""
     sequence_parallel: bool = False
     """With tp: between the matrices, each of those ranks keeps only its share of the tokens, too."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """With dp: what those ranks share out instead of each having it: the optimizer's states (1), gradients too (2), weights too (3)."""
     bucket_mb: float = 25.0
     """MiB of gradients that travel together between data-parallel ranks."""
     engine: Literal["ours", "torch"] = "ours"
@@ -265,23 +273,31 @@ class ParallelConfig:
 
     def __post_init__(self):
         """Refuse an axis without ranks, and buckets without room."""
-        for axis in ("dp", "tp"):
+        for axis in ("dp", "tp", "pp"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"{axis} = {getattr(self, axis)}: every axis needs at least 1 rank.")
+        _check_choices(self)
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("sequence_parallel with tp = 1: it shares tokens out among tensor-parallel ranks. Use tp = 2 or more.")
+        if self.zero and self.dp == 1:
+            raise ValueError(f"zero = {self.zero} with dp = 1: it is data-parallel ranks that share out. Use dp = 2 or more.")
+        if self.pp == 1 and self.schedule != "1f1b":
+            raise ValueError(f"schedule = {self.schedule!r} with pp = 1: one rank has nobody to wait for. Use pp = 2 or more.")
+        if (self.chunks > 1) != (self.schedule == "interleaved"):
+            raise ValueError(f"schedule = {self.schedule!r} with chunks = {self.chunks}: interleaving, and nothing else, needs 2 or more "
+                             f"stages a rank.")
         if self.bucket_mb <= 0:
             raise ValueError(f"bucket_mb = {self.bucket_mb}: must be above 0.")
 
     @property
     def world_size(self) -> int:
         """Ranks in all: the product of the axes."""
-        return self.dp * self.tp
+        return self.dp * self.tp * self.pp
 
     @property
     def axes(self) -> dict[str, int]:
         """The axes with more than one rank, and their sizes."""
-        return {axis: size for axis, size in (("dp", self.dp), ("tp", self.tp)) if size > 1}
+        return {axis: size for axis in ("dp", "tp", "pp") if (size := getattr(self, axis)) > 1}
 
     def share(self, batch_size: int) -> int:
         """Sequences of a batch for each data-parallel rank. Raises: ValueError if it does not divide."""
@@ -344,9 +360,9 @@ def _check_choices(config) -> None:
             continue
         for one in chosen:
             if one not in options:
-                near = difflib.get_close_matches(str(one), options, n=1)
+                near = difflib.get_close_matches(str(one), map(str, options), n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{field.name} = {one!r}: choose from {', '.join(options)}.{hint}")
+                raise ValueError(f"{field.name} = {one!r}: choose from {', '.join(map(str, options))}.{hint}")
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:

@@ -4,12 +4,13 @@ The trainer, the alignment methods and the notebooks drive this and nothing else
 A layout over several ranks changes what stands behind these calls, not the calls: each rank gives its share of a batch, and
 all get what one rank would get for the whole. A loss function returns the sum over the targets of a batch; the engine
 divides by their count over all microbatches and ranks, so both give the gradient of the whole batch.
-With tp ranks the model is cut (minillm/parallel/tensor_parallel.py), and those of one tensor group must be given the same
-rows. What is saved is dense, whatever the layout, so a run can go on in another one.
+With tp ranks every matrix is cut (minillm/parallel/tensor_parallel.py), with pp ranks the layers are shared out and microbatches
+pass through them (minillm/parallel/pipeline.py); the ranks of one tensor or pipeline group must be given the same rows. What
+is saved is dense, whatever the layout, so a run can go on in another one.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -20,11 +21,15 @@ from minillm.config import ModelConfig, ParallelConfig, TrainConfig
 from minillm.data.loader import Batch
 from minillm.model.huggingface import CheckpointError
 from minillm.model.sharding import sharding_table, why_not
+from minillm.model.stages import cut_stages, layer_costs
 from minillm.model.transformer import Transformer
 from minillm.parallel.agreement import any_rank, on_first
 from minillm.parallel.data_parallel import Overlapped, broadcast_from_first, share_gradients
 from minillm.parallel.mesh import build_mesh
+from minillm.parallel.pipeline import Pipeline
+from minillm.parallel.schedules import balance, build_schedule
 from minillm.parallel.sequence_parallel import apply_sequence_parallel
+from minillm.parallel.stage_weights import SharedParameters, gather_stages
 from minillm.parallel.tensor_parallel import (apply_tensor_parallel, gather_dense, global_norm, part_of,
                                               vocabulary_cross_entropy, vocabulary_log_z)
 from minillm.train.build import STATES, build_optimizer
@@ -50,20 +55,24 @@ class Engine:
     def __init__(self, model: ModelConfig | Transformer, train: TrainConfig, parallel: ParallelConfig = ParallelConfig(), *,
                  loss: Loss = next_token_loss, mesh: DeviceMesh | None = None):
         check_layout(model if isinstance(model, ModelConfig) else model.config, train, parallel, loss)
-        if parallel.engine != self.kind:
-            raise ValueError(f"engine = {parallel.engine!r}, and this is the engine {self.kind!r}: use build_engine of "
+        wanted = "zero" if parallel.zero and parallel.engine == "ours" else parallel.engine
+        if wanted != self.kind:
+            raise ValueError(f"engine = {wanted!r}, and this is the engine {self.kind!r}: use build_engine of "
                              f"minillm/torch_engine.py, which chooses.")
         self.config, self.parallel, self.loss, self.log_z_squared = train, parallel, loss, log_z_squared
         self.device = choose_device(train.device)
         built = model if isinstance(model, Transformer) else Transformer(model, seed=train.seed)
         self.model = built.to(self.device)
         self.group, self.rank, self.ranks = None, 0, 1  # of the data axis
-        self.tensor_group, self.first, self.world = None, True, 1
+        self.tensor_group, self.pipe_group, self.first, self.world = None, None, True, 1
         if parallel.world_size > 1:
             self._join(mesh)
         self.masters = MasterWeights(self.model, DTYPES[train.precision]) if train.master_weights else None
         self.weights: dict[str, Tensor] = dict((self.masters or self.model).named_parameters())
         self.replicas = self._replicate() if self.group else None
+        if self.pipe_group:
+            self.pipeline = Pipeline(self.stages, self.pipe_group, self._last_loss, context=self._mixed)
+            self.shared = SharedParameters(self.weights, self.pipe_group)
         self.optimizer = build_optimizer(self.weights.items(), train)
         self.scaler = None
         if train.precision == "fp16":
@@ -87,7 +96,9 @@ class Engine:
         parts = batch.split(self.config.microbatch_size or max(1, len(batch.ids)))
         total, count = torch.zeros((), device=self.device), self._everyones_count(batch)
         scale = self.scaler.scale if self.scaler else 1.0
-        for number, part in enumerate(parts):
+        if self.pipe_group:
+            total += self._pass(parts, count, scale)
+        for number, part in enumerate(() if self.pipe_group else parts):
             with self.replicas.no_sync() if self.replicas and number < len(parts) - 1 else nullcontext():
                 loss, penalty = self._loss(self._forward, part)
                 ((loss + penalty) / count * scale).backward()
@@ -95,6 +106,8 @@ class Engine:
         if self.replicas:
             dist.all_reduce(total, group=self.group)
             self.replicas.finish()
+        if self.pipe_group:
+            self.shared.sum(self.weights)
         return total
 
     @torch.no_grad()
@@ -102,11 +115,12 @@ class Engine:
         """The summed loss of a batch, without gradients: nats over all its targets, on several ranks those of all shares.
         A rank's share may be empty."""
         self.model.eval()
+        passed = self._pass if self.pipe_group else lambda parts: self._loss(self.model, *parts)[0]
         if not self.group:
-            return float(self._loss(self.model, batch)[0])
+            return float(passed([batch]))
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         if len(batch.ids):
-            nats += self._loss(self.model, batch)[0]
+            nats += passed([batch])
         dist.all_reduce(nats, group=self.group)
         return float(nats)
 
@@ -115,9 +129,11 @@ class Engine:
         which is that of the unscaled gradients: they are unscaled first."""
         self._unscale()
         limit = max_norm if max_norm > 0 else float("inf")
-        if not self.tensor_group:
+        if not (self.tensor_group or self.pipe_group):
             return torch.nn.utils.clip_grad_norm_(self.weights.values(), limit)
-        norm = global_norm(self.model, self.tensor_group, self.weights)
+        once = self.shared.first if self.pipe_group else self.weights
+        norm = global_norm(self.model, self.tensor_group, {name: self.weights[name] for name in once})
+        norm = self.shared.norm(norm) if self.pipe_group else norm
         torch.nn.utils.clip_grads_with_norm_(self.weights.values(), limit, norm)
         return norm
 
@@ -138,27 +154,45 @@ class Engine:
         self.steps_done, self._finite = self.steps_done + 1, None
         return updated
 
+    @property
+    def saves(self) -> bool:
+        """Whether this rank has a part in `whole_model` and `state_dict`: of the replicas, the first is brought together."""
+        return self.rank == 0
+
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is up on at least one rank; all must ask."""
-        return any_rank(any_rank(flag, self.group, self.device), self.tensor_group, self.device)
+        for group in (self.group, self.tensor_group, self.pipe_group):
+            flag = any_rank(flag, group, self.device)
+        return flag
 
     def on_first(self, action: Callable):
         """Let the first rank act while the others wait; all get what it returned. See minillm/parallel/agreement.py."""
-        return on_first(lambda: on_first(action, self.group), self.tensor_group)
+        return on_first(lambda: on_first(lambda: on_first(action, self.group), self.tensor_group), self.pipe_group)
 
     def whole_model(self) -> Transformer:
-        """The model as one process has it: itself, or on tensor-parallel ranks, which all must ask, a dense copy of now."""
-        if not self.tensor_group:
+        """The model as one process has it: itself, or on tensor and pipeline ranks, which all must ask, a dense copy of now."""
+        if not (self.tensor_group or self.pipe_group):
             return self.model
         whole = Transformer(self.model.config, device="meta")
-        whole.load_state_dict(gather_dense(self.model, self.tensor_group), assign=True)
+        whole.load_state_dict(self.gather(self.model.state_dict()), assign=True)
         if whole.config.tied:
             whole.head.weight = whole.embed.weight
         return whole.train(self.model.training)
 
     def load_weights(self, dense: dict[str, Tensor]) -> None:
-        """Take the weights from a dense model's state_dict, of which a tensor-parallel rank takes its part."""
-        self.model.load_state_dict(part_of(self.model, self.tensor_group, dense) if self.tensor_group else dense)
+        """Take the weights from a dense model's state_dict, of which a tensor or pipeline rank takes its part."""
+        mine = {name: dense[name] for name in self.model.state_dict() if name in dense} if self.pipe_group else dense
+        self.model.load_state_dict(part_of(self.model, self.tensor_group, mine) if self.tensor_group else mine)
+
+    def gather(self, mine: dict[str, Tensor], split: bool = True) -> dict[str, Tensor]:
+        """This rank's tensors, by names of parameters, with those of the others: dense. split: they are cut as the parameters."""
+        if self.tensor_group and split:
+            mine = gather_dense(self.model, self.tensor_group, mine)
+        return gather_stages(mine, self.pipe_group, self.device) if self.pipe_group else mine
+
+    def _part(self, name: str, dense: Tensor) -> Tensor:
+        """What this rank holds of a dense tensor by a parameter's name."""
+        return part_of(self.model, self.tensor_group, {name: dense})[name] if self.tensor_group else dense
 
     def _join(self, mesh: DeviceMesh | None) -> None:
         """Find this rank's place, begin with the weights of the first, and keep this rank's part of them."""
@@ -168,21 +202,27 @@ class Engine:
             raise ValueError(f"a layout of {self.parallel.world_size} ranks ({axes}) does not fit a world of "
                              f"{world}: start as many with torchrun --nproc-per-node {self.parallel.world_size}, or with launch.")
         mesh = build_mesh(self.parallel, device=self.device.type) if mesh is None else mesh
-        tensor = mesh["tp"] if "tp" in mesh.mesh_dim_names else None
-        if (tensor.size() if tensor else 1) != self.parallel.tp:
-            raise ValueError(f"the mesh has the axes {', '.join(mesh.mesh_dim_names)} of {tuple(mesh.shape)} ranks, and the layout "
-                             f"tp = {self.parallel.tp}: they must agree.")
+        axes = {axis: mesh[axis] if axis in mesh.mesh_dim_names else None for axis in ("tp", "pp")}
+        for name, axis in axes.items():
+            if (axis.size() if axis else 1) != getattr(self.parallel, name):
+                raise ValueError(f"the mesh has the axes {', '.join(mesh.mesh_dim_names)} of {tuple(mesh.shape)} ranks, and the layout "
+                                 f"{name} = {getattr(self.parallel, name)}: they must agree.")
         axis, everything = mesh["dp"], dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self.rank, self.ranks = axis.get_local_rank(), axis.size()
         self.first, self.world = self.rank == 0, self.ranks
-        if self.ranks > 1 or self.parallel.tp == 1:
+        if self.ranks > 1 or self.parallel.tp == self.parallel.pp == 1:
             self.group = axis.get_group()
             broadcast_from_first(everything, self.group)
+        for name in (name for name in axes if getattr(self.parallel, name) > 1):
+            broadcast_from_first(everything, axes[name].get_group())
+            self.world, self.first = self.world * axes[name].size(), self.first and axes[name].get_local_rank() == 0
+        if self.parallel.pp > 1:
+            self.pipe_group = axes["pp"].get_group()
+            cuts = balance(layer_costs(self.model.config), self.parallel.pp * self.parallel.chunks)
+            self.stages = cut_stages(self.model, cuts[axes["pp"].get_local_rank()::self.parallel.pp])
         if self.parallel.tp > 1:
-            self.tensor_group, self.world = tensor.get_group(), self.ranks * tensor.size()
-            self.first &= tensor.get_local_rank() == 0
-            broadcast_from_first(everything, self.tensor_group)
-            self._split(tensor)
+            self.tensor_group = axes["tp"].get_group()
+            self._split(axes["tp"])
 
     def _replicate(self) -> Overlapped:
         """What sums the gradients over the data axis while backward runs."""
@@ -199,6 +239,8 @@ class Engine:
 
     def _everyones_count(self, batch: Batch) -> int | Tensor:
         """Targets in all shares, at least 1. Gradients that are sums over ranks already are made ready for the next sum."""
+        if self.pipe_group:
+            self.shared.divide(self.weights)
         if not self.group:
             return max(1, batch.count)
         share_gradients(self.weights, self.group)
@@ -215,7 +257,7 @@ class Engine:
     def state_dict(self) -> dict[str, Tensor]:
         """All that a run needs beside the weights: the optimizer's state by parameter name, the step, the random state.
 
-        Dense: tensor-parallel ranks bring their parts together, and all must ask.
+        Dense: tensor and pipeline ranks bring their parts together, and all must ask.
         """
         tensors = {"rng": torch.get_rng_state(), "steps_done": torch.tensor(self.steps_done)}
         if self.device.type == "cuda":
@@ -227,8 +269,7 @@ class Engine:
             for slot, value in self.optimizer.state[weight].items():
                 slots.setdefault(slot, {})[name] = value
         for slot, values in slots.items():
-            if self.tensor_group and slot != "step":
-                values = gather_dense(self.model, self.tensor_group, values)
+            values = self.gather(values, split=slot != "step")
             tensors |= {f"{slot}/{name}": value.detach().cpu().clone() for name, value in values.items()}
         return tensors
 
@@ -245,8 +286,7 @@ class Engine:
         for key, value in tensors.items():
             slot, _, name = key.partition("/")
             if name in saved:
-                if self.tensor_group and slot != "step":
-                    value = part_of(self.model, self.tensor_group, {name: value})[name]
+                value = value if slot == "step" else self._part(name, value)
                 saved[name][slot] = value.to(self.device, copy=True)  # else the next step would change the caller's tensors
         if self.masters:
             for name, weight in self.weights.items():
@@ -264,13 +304,39 @@ class Engine:
     def _loss(self, forward: Callable, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss of one microbatch, and the summed z-loss that is added to it in training."""
         batch = batch.to(self.device)
-        mixed = nullcontext() if self.masters else autocast(self.config.precision, self.model, self.device.type)
-        with mixed:
+        with self._mixed():
             logits = forward(batch.ids, positions=batch.positions, segment_ids=batch.segment_ids)
+        return self._scored(logits, batch)
+
+    def _mixed(self) -> AbstractContextManager:
+        """What a forward pass runs under."""
+        return nullcontext() if self.masters else autocast(self.config.precision, self.model, self.device.type)
+
+    def _scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The two losses of a microbatch's logits."""
         loss = self.loss(logits, batch)
         weight = self.config.z_loss
         penalty = weight * self.log_z_squared(logits, batch.targets) if weight else torch.zeros_like(loss)
         return loss, penalty
+
+    def _pass(self, parts: list[Batch], count: int | Tensor = 1, scale: float | None = None) -> Tensor:
+        """Send microbatches through the pipeline, and with a scale their gradients back. Returns their loss over the count."""
+        self._nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        parts = [part.to(self.device) for part in parts]
+        if scale is None:
+            self.pipeline.evaluate(parts)
+        else:
+            schedule = build_schedule(self.parallel.schedule, self.parallel.pp, len(parts), self.parallel.chunks)
+            quiet = self.replicas.no_sync if self.replicas else nullcontext
+            self.pipeline.run(schedule, parts, scale=scale / int(count), quiet=quiet)
+        dist.all_reduce(self._nats, group=self.pipe_group)  # the last stage has it, the others have 0
+        return self._nats / count
+
+    def _last_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """What the last stage makes of its logits."""
+        loss, penalty = self._scored(logits, batch)
+        self._nats += loss.detach()
+        return loss + penalty
 
 
 def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig, loss: Loss = next_token_loss) -> None:
@@ -281,17 +347,35 @@ def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfi
     if parallel.sequence_parallel and model.context % parallel.tp:
         raise ValueError(f"a context of {model.context} tokens cannot be shared out to tp = {parallel.tp} ranks. Use another "
                          f"context, or leave sequence_parallel out.")
+    untried = (train.compile, "it has not been tried with messages inside the model. Leave it out")
     refused = {
-        f"optimizer = {train.optimizer!r}": (train.optimizer in ("muon", "adafactor"), "it looks at whole matrices, and a rank has "
-                                             "a part of each. Use \"fused\""),
-        "precision = 'fp8'": (train.precision == "fp8", "its scales are those of whole matrices. Use \"bf16\""),
-        "compile": (train.compile, "it has not been tried with collectives inside the model. Leave it out"),
-        "a loss of its own": (loss is not next_token_loss, "the logits are split by token, and only next_token_loss has a form "
-                              "that reads them so. Use that"),
+        ("tp", f"optimizer = {train.optimizer!r}"): (train.optimizer in ("muon", "adafactor"), "it looks at whole matrices, and a rank "
+                                                     "has a part of each. Use \"fused\""),
+        ("tp", "precision = 'fp8'"): (train.precision == "fp8", "its scales are those of whole matrices. Use \"bf16\""),
+        ("tp", "compile"): untried, ("pp", "compile"): untried,
+        ("tp", "a loss of its own"): (loss is not next_token_loss, "the logits are split by token, and only next_token_loss has a form "
+                                      "that reads them so. Use that"),
+        ("pp", "precision = 'fp8'"): (train.precision == "fp8", "it keeps the head in 16 bits, which most stages do not have. Use "
+                                      "\"bf16\""),
     }
-    for what, (asked, why) in refused.items():
-        if asked and parallel.tp > 1:
-            raise ValueError(f"tp = {parallel.tp} with {what}: {why}, or tp = 1.")
+    for (axis, what), (asked, why) in refused.items():
+        if asked and (size := getattr(parallel, axis)) > 1:
+            raise ValueError(f"{axis} = {size} with {what}: {why}, or {axis} = 1.")
+    if parallel.pp > 1:
+        _check_pipeline(model.layers, train, parallel)
+
+
+def _check_pipeline(layers: int, train: TrainConfig, parallel: ParallelConfig) -> None:
+    """Refuse stages without layers, and microbatches that the share or the schedule does not divide into."""
+    stages, share = parallel.pp * parallel.chunks, parallel.share(train.batch_size)
+    if stages > layers:
+        raise ValueError(f"pp = {parallel.pp} with chunks = {parallel.chunks} makes {stages} stages, and the model has {layers} layers: "
+                         f"each stage needs at least one.")
+    size = train.microbatch_size or share
+    if share % size:
+        raise ValueError(f"a rank's {share} sequences do not divide into microbatches of {size}, and a pipeline's must be alike. "
+                         f"Use a microbatch_size that divides {share}.")
+    build_schedule(parallel.schedule, parallel.pp, share // size, parallel.chunks)
 
 
 def choose_device(name: str) -> torch.device:

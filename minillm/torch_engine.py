@@ -26,12 +26,14 @@ from minillm.model.sharding import sharding_table
 from minillm.model.transformer import Transformer
 from minillm.parallel.tensor_parallel import Part, Table, split_of, sum_gradient, vocabulary_log_z
 from minillm.train.loss import IGNORED, next_token_loss
+from minillm.zero_engine import ZeroEngine
 
 
 def build_engine(model: ModelConfig | Transformer, train: TrainConfig, parallel: ParallelConfig = ParallelConfig(),
                  **options) -> Engine:
-    """The engine that the layout names: ours, or torch's. Arguments and errors as of `Engine`."""
-    return (TorchEngine if parallel.engine == "torch" else Engine)(model, train, parallel, **options)
+    """The engine that the layout names: ours, with ZeRO or without, or torch's. Arguments and errors as of `Engine`."""
+    kind = TorchEngine if parallel.engine == "torch" else ZeroEngine if parallel.zero else Engine
+    return kind(model, train, parallel, **options)
 
 
 class TorchEngine(Engine):
@@ -178,6 +180,8 @@ def check_torch_layout(model: ModelConfig, train: TrainConfig, parallel: Paralle
     if parallel.world_size > 1 and train.master_weights:
         raise ValueError(f"engine = 'torch' on {parallel.world_size} ranks with master_weights: DDP sums the 16-bit gradients, not "
                          f"their float32 copies. Leave master_weights out, {way_out}")
+    if parallel.zero:
+        raise ValueError(f"engine = 'torch' with zero = {parallel.zero}: DDP holds everything. Use zero = 0, {way_out}")
     if model.kv_size % parallel.tp:
         raise ValueError(f"engine = 'torch' with tp = {parallel.tp} and {model.kv_size} KV heads: a DTensor has no way to put a head "
                          f"on several ranks. Use a tp that divides {model.kv_size}, {way_out}")

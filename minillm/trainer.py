@@ -141,7 +141,7 @@ class Trainer:
         found = self.evaluate(None if done >= self.config.steps else self.config.eval_sequences)
         planned = {}
         if done in self.at:
-            model = self.engine.whole_model() if self.engine.rank == 0 else None
+            model = self.engine.whole_model() if self.engine.saves else None
             planned = self.engine.on_first(lambda: self.at[done](model))
         for values in (found, planned) if metrics else ():
             if values:
@@ -164,8 +164,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this very moment, and remove the oldest."""
         folder = self.run / f"step-{self.engine.steps_done:06d}"
-        # of the replicas, the first is brought together
-        whole = (self.engine.whole_model(), self.engine.state_dict()) if self.engine.rank == 0 else ()
+        whole = (self.engine.whole_model(), self.engine.state_dict()) if self.engine.saves else ()
         self.engine.on_first(lambda: self._write(folder, *whole))
         return folder
 
@@ -183,7 +182,7 @@ class Trainer:
         """
         checkpoint = load_checkpoint(folder)
         self._check_same(checkpoint.folder, checkpoint.notes)
-        weights = load_pretrained(folder, dtype=self.engine.model.embed.weight.dtype).state_dict()
+        weights = load_pretrained(folder, dtype=next(self.engine.model.parameters()).dtype).state_dict()
         self.engine.load_weights(weights)
         self.engine.load_state_dict(checkpoint.tensors)
         self.loader.load_state_dict(checkpoint.notes["loader"])

@@ -170,18 +170,12 @@ def test_alone_it_is_our_engine():
     like_one_process(found, trained(GPT2, BASE))
 
 
-class Piped(ParallelConfig):
-    """A layout with one more axis than torch's engine has."""
-
-    axes = {"dp": 2, "pp": 2}
-
-
 def test_what_torch_cannot_do_is_refused():
     two = ParallelConfig(tp=2, engine="torch")
     for model, plan, parallel, words in (
             (replace(LLAMA, kv_heads=1), BASE, two, "tp = 2 and 1 KV heads: .* Use a tp that divides 1, or --parallel.engine ours"),
             (LLAMA, replace(BASE, precision="bf16", master_weights=True), ParallelConfig(dp=2, engine="torch"), "master_weights: DDP sums"),
-            (LLAMA, BASE, Piped(dp=2, engine="torch"), "engine = 'torch' with pp = 2: it has the axes dp and tp"),
+            (LLAMA, BASE, ParallelConfig(dp=2, pp=2, engine="torch"), "engine = 'torch' with pp = 2: it has the axes dp and tp"),
             (replace(LLAMA, experts=4), BASE, two, "tp = 2 with 4 experts"),
             (LLAMA, BASE, two, r"a layout of 2 ranks \(tp = 2\) does not fit a world of 1")):
         with pytest.raises(ValueError, match=words):

@@ -26,6 +26,7 @@ from minillm.torch_engine import build_engine, check_torch_layout
 from minillm.train.checkpoint import checkpoints, latest_checkpoint
 from minillm.train.precision import DTYPES
 from minillm.trainer import Trainer
+from minillm.zero_engine import check_zero
 
 SAMPLE_TOKENS = 120
 PATIENCE = 3600.0
@@ -41,13 +42,15 @@ def first_run(request) -> int:
     check_layout(request.model, request.train, request.parallel)
     if request.parallel.engine == "torch":
         check_torch_layout(request.model, request.train, request.parallel)
+    if request.parallel.zero:
+        check_zero(request.train, request.parallel)
     if ranks > 1 and started == 1:
         axes = " ".join(f"--parallel.{axis} {size}" for axis, size in request.parallel.axes.items())
         raise ValueError(f"{axes} is for {ranks} ranks, and this is one process. Start them with: "
                          f"{Path(sys.executable).with_name('torchrun')} --nproc-per-node {ranks} -m minillm "
                          f"train {axes} and your other options.")
     if ranks != started:
-        fits, rest = divmod(started, request.parallel.tp)
+        fits, rest = divmod(started, request.parallel.tp * request.parallel.pp)
         raise ValueError(f"{started} ranks have been started, and the layout has {ranks}: "
                          + ("start with" if rest or not fits else f"add --parallel.dp {fits}, or start with")
                          + f" --nproc-per-node {ranks}.")

@@ -86,25 +86,22 @@ class Transformer(nn.Module):
         if segment_ids is not None and cache is not None:
             raise ValueError("segment_ids and cache together: packed documents are for training; decode one text a row.")
         if positions is None:
-            positions = _places(ids, past, padding_mask)
-        x = self._embed(ids, positions)
-        if self.config.rope_axes == 2:
-            positions = two_axes(positions, *_answer(ids, padding_mask, prefix_len, mask_pos))
-        views = {kind: self._view(kind, ids, keys, positions, padding_mask, segment_ids, prefix_len)
-                 for kind in sorted(set(self.config.pattern))}
+            positions = default_positions(ids, past, padding_mask)
+        x = self.embedded(ids, positions)
+        views = self.views(ids, keys, positions, padding_mask, segment_ids, prefix_len, mask_pos)
         hidden, attention = [], []
         for block in self.blocks:
             hidden.append(x)
             x, seen = block(x, *views[block.kind], cache, return_attention)
             attention.append(seen)
         x = x if self.norm is None else self.norm(x)
-        logits = self._scores(x)
+        logits = self.scores(x)
         if not (return_hidden or return_attention):
             return logits
         return Output(logits, tuple(hidden) + (x,) if return_hidden else None,
                       tuple(attention) if return_attention else None)
 
-    def _embed(self, ids: Tensor, positions: Tensor) -> Float[Tensor, "B T C"]:
+    def embedded(self, ids: Tensor, positions: Tensor) -> Float[Tensor, "B T C"]:
         """The stream's first value."""
         try:
             x = self.embed(ids)
@@ -116,9 +113,17 @@ class Transformer(nn.Module):
             raise _out_of_range(self.config, ids, positions) from None
         return x if self.embed_norm is None else self.embed_norm(x)
 
+    def views(self, ids: Tensor, keys: int, positions: Tensor, padding_mask: Tensor | None = None, segment_ids: Tensor | None = None,
+              prefix_len=None, mask_pos=None) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """For each kind of layer, what it knows of places and may look at. Arguments as of a call; keys: how many there are."""
+        if self.config.rope_axes == 2:
+            positions = two_axes(positions, *_answer(ids, padding_mask, prefix_len, mask_pos))
+        return {kind: self._view(kind, ids, keys, positions, padding_mask, segment_ids, prefix_len)
+                for kind in sorted(set(self.config.pattern))}
+
     def _view(self, kind: str, ids: Tensor, keys: int, positions: Tensor, padding_mask: Tensor | None,
               segment_ids: Tensor | None, prefix_len) -> tuple[Tensor | None, Tensor | None]:
-        """What a kind of layer knows of places and may look at: its rotary turns and its mask."""
+        """One kind's rotary turns and its mask."""
         config, queries = self.config, ids.shape[1]
         mask = combine(queries, keys, padding_mask=padding_mask, segment_ids=segment_ids, prefix_len=prefix_len,
                        window=config.window if kind == "l" else None, device=ids.device)
@@ -129,16 +134,16 @@ class Transformer(nn.Module):
             return rotary_turns(axes, stretched, config.rope_theta_local if local else None), mask
         if config.pos in ("alibi", "relative"):
             mask = causal(queries, keys, ids.device) if mask is None else mask
-            places = positions if queries == keys else _places(ids.new_empty(1, keys), 0, padding_mask)
+            places = positions if queries == keys else default_positions(ids.new_empty(1, keys), 0, padding_mask)
             if config.pos == "alibi":
-                bias = alibi(positions, places, config.heads, self.heads).to(self.embed.weight.dtype)
+                bias = alibi(positions, places, config.heads, self.heads).to(next(self.parameters()).dtype)
             else:
                 numbers = buckets(positions, places, config.relative_buckets, config.relative_distance)
                 bias = self.relative(numbers).movedim(-1, 1)  # (rows, T, S, H) -> (rows, H, T, S)
             return None, bias.masked_fill(~mask, -math.inf)
         return None, mask
 
-    def _scores(self, x: Float[Tensor, "B _ C"]) -> Float[Tensor, "B T V"]:
+    def scores(self, x: Float[Tensor, "B _ C"]) -> Float[Tensor, "B T V"]:
         """Logits, scaled and capped as the configuration says."""
         logits, cap = self.head(x), self.config.logit_softcap
         if self.config.logit_scale != 1:
@@ -146,7 +151,7 @@ class Transformer(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _places(ids: Tensor, past: int, padding_mask: Tensor | None) -> Int[Tensor, "rows T"]:
+def default_positions(ids: Tensor, past: int, padding_mask: Tensor | None) -> Int[Tensor, "rows T"]:
     """Default positions: count the real tokens, starting after what the cache holds."""
     if padding_mask is None:
         return torch.arange(past, past + ids.shape[1], device=ids.device)[None]

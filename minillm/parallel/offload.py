@@ -12,7 +12,6 @@ it behind the next forward; and of Infinity, parameters and activations elsewher
 """
 
 import mmap
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -36,7 +35,7 @@ class HostFlat(Flat):
     def hold(self, given: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
         """Always a copy, on the host."""
         self._stream = torch.cuda.Stream(given.device) if given.is_cuda else None
-        return self._to_host(given, torch.promote_types(self.part.dtype, torch.float32), wait=True)
+        return self._to_host(given, torch.promote_types(self.part.dtype, torch.float32))
 
     def keep(self, part: Float[Tensor, "n"]) -> None:
         """Let the gradient set out for the host, without waiting for it."""
@@ -57,13 +56,13 @@ class HostFlat(Flat):
 
     def write_back(self) -> None:
         """Round on the host, and let the weights set out; what the GPU does next waits for them, the host does not."""
-        rounded = self._to_host(self.master, self.part.dtype, wait=True)
+        rounded = self._to_host(self.master, self.part.dtype)
         with self._aside():
             self.part.copy_(rounded, non_blocking=True)
         if self._stream:
             torch.cuda.current_stream(self.part.device).wait_stream(self._stream)
 
-    def _to_host(self, given: Tensor, dtype: torch.dtype, wait: bool) -> Tensor:
+    def _to_host(self, given: Tensor, dtype: torch.dtype, wait: bool = True) -> Tensor:
         there = torch.empty(given.shape, dtype=dtype, pin_memory=self._stream is not None)
         return there.copy_(given, non_blocking=not wait)
 
@@ -79,29 +78,19 @@ class FileFlat(HostFlat):
     """A flat tensor whose master weights and states are in memory-mapped files."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], *args, folder: Path):
-        self._name, self._folder = next(iter(parameters)), folder
-        self._maps: dict[str, tuple[mmap.mmap, Tensor]] = {}
+        self._path, self._maps = folder / next(iter(parameters)), {}
         super().__init__(parameters, *args)
 
     def hold(self, given: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
         """A copy in a file."""
-        master = self.map("master", super().hold(given))
+        master = self._map("master", super().hold(given))
         self.put_away()
         return master
-
-    def map(self, what: str, like: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-        """A tensor in a file, which is made with these numbers, at its full size, the first time."""
-        if what not in self._maps:
-            with open(self._folder / f"rank{self.rank}-{self._name}-{what}", "wb+") as file:
-                os.posix_fallocate(file.fileno(), 0, like.nbytes)  # a full disk is an error here, and no crash later
-                memory = mmap.mmap(file.fileno(), like.nbytes)
-            self._maps[what] = memory, torch.frombuffer(memory, dtype=like.dtype).copy_(like)
-        return self._maps[what][1]
 
     def adopt(self, states: Mapping[nn.Parameter, dict[str, Tensor]]) -> None:
         """Move an optimizer's states that are new, or were loaded, to files."""
         for slot in {slot for piece in self.pieces.values() for slot in states[piece]} - {"step"}:
-            views = self.cut(self.map(slot, torch.zeros_like(self.master)))
+            views = self.cut(self._map(slot, torch.zeros_like(self.master)))
             for name, piece in self.pieces.items():
                 if states[piece][slot].data_ptr() != views[name].data_ptr():
                     states[piece][slot] = views[name].copy_(states[piece][slot])
@@ -116,9 +105,19 @@ class FileFlat(HostFlat):
         for memory, _ in self._maps.values():
             memory.madvise(mmap.MADV_DONTNEED)
 
+    def _map(self, what: str, like: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+        """A tensor in a file, which is made with these numbers the first time."""
+        if what not in self._maps:
+            with open(f"{self._path}-{what}-rank{self.rank}", "wb+") as file:
+                file.write(like.numpy().data)
+                file.flush()  # a full disk is an error here; a page that finds no room later would be a crash
+                memory = mmap.mmap(file.fileno(), like.nbytes)
+            self._maps[what] = memory, torch.frombuffer(memory, dtype=like.dtype)
+        return self._maps[what][1]
+
 
 class Offload(Zero2):
-    """As `Zero2`, with gradients, master weights and the optimizer's states on the host. Build the optimizer as there.
+    """As `Zero2`, with gradients, master weights and the optimizer's states on the host.
 
     Cost: keeps the weights and two buckets of gradients on the GPU; over the bus go a P-th of the gradients in each backward,
     and a P-th of the weights in each step.
@@ -135,7 +134,7 @@ class Offload(Zero2):
 
 
 class Infinity(Offload):
-    """As `Offload`, with master weights and the optimizer's states in files of this rank's own in `folder`, which must exist.
+    """As `Offload`, with master weights and the optimizer's states in files of each rank's own in `folder`, which must exist.
 
     Files are scratch: they hold nothing that a checkpoint would not.
     Cost: reads and writes a P-th of the states in each step; keeps two flat tensors' of them in memory.

@@ -224,10 +224,10 @@ def part_of(model: nn.Module, group: Group, dense: Mapping[str, Tensor]) -> dict
 
 
 @torch.no_grad()
-def global_norm(model: nn.Module, group: Group, parameters: Mapping[str, Tensor] | None = None) -> Float[Tensor, ""]:
+def global_norm(model: nn.Module, group: Group | None, parameters: Mapping[str, Tensor] | None = None) -> Float[Tensor, ""]:
     """The norm of all gradients as in the dense model: split ones of all ranks, each copy once, and whole ones once.
 
-    parameters: others of the same names that hold the gradients (master weights).
+    parameters: others of the same names that hold the gradients (master weights), or some of them.   group: None if none is split.
     Cost: one all-reduce of one number.
     """
     parts, split, whole = getattr(model, "parts", {}), [], []

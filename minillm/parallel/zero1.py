@@ -11,7 +11,7 @@ be 0, and padding is in no piece. An optimizer must work element by element: Muo
 Source: arXiv:1910.02054 §5.1 and §7. Left out: replicas of groups of ranks (HSDP), and buffers, which each rank keeps.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import NamedTuple
@@ -110,7 +110,7 @@ class Flat:
     def piece_of(self, name: str, dense: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """This rank's elements of a dense weight, in its piece's shape."""
         first, end = (self.rank * self.length + place - self.spans[name][0] for place in self.span(name))
-        return dense.reshape(-1)[max(first, 0):max(end, 0)].view(self.pieces[name].shape)
+        return dense.reshape(-1)[first:end].view(self.pieces[name].shape)
 
     def take(self, name: str) -> None:
         """Add a parameter's gradient to the bucket, and drop it."""
@@ -162,7 +162,8 @@ class Zero1:
 
     The optimizer updates `pieces`, this rank's parts of the weights by their names, which are the same on every rank.
     dtype: 16 bits, which the model is turned to; None leaves it as it is.   gradients: in what they are summed and kept; None
-    is the weights' own (ZeRO's count), float32 what Megatron-LM does.
+    is the weights' own (ZeRO's count), float32 what Megatron-LM does.   apart: weights with a flat tensor of their own, so that
+    ranks of another group that hold them, too, have the same pieces.
     Cost: 2Ψ(P-1)/P elements a rank and step, however many backwards; keeps the weights, all gradients until `finish`, and a
     P-th of master weights and states.
     """
@@ -171,8 +172,9 @@ class Zero1:
     shared = True  # whether a rank's part is a view of the whole weights, which stay
 
     def __init__(self, model: nn.Module, group: Group | None, *, dtype: torch.dtype | None = None,
-                 gradients: torch.dtype | None = None, bucket_bytes: int = BUCKET_BYTES, wire: Wire = TORCH):
-        self.model, self.group = model, group
+                 gradients: torch.dtype | None = None, bucket_bytes: int = BUCKET_BYTES, apart: Collection[str] = (),
+                 wire: Wire = TORCH):
+        self.model, self.group, self.apart = model, group, apart
         self.flats = [self.flat(some, group, wire, dtype, gradients, self.shared) for some in self._split(bucket_bytes)]
         self.pieces = {name: piece for flat in self.flats for name, piece in flat.pieces.items()}
         if dtype:
@@ -210,12 +212,15 @@ class Zero1:
             flat.land()
 
     @torch.no_grad()
-    def norm(self) -> Float[Tensor, ""]:
-        """Of all gradients together, each element once. Cost: one all-reduce of one number."""
+    def norm(self, mine: Float[Tensor, ""] | None = None) -> Float[Tensor, ""]:
+        """Of all gradients together, each element once. mine: this rank's norm, if not all its pieces count.
+
+        Cost: one all-reduce of one number.
+        """
+        grads = [piece.grad for piece in self.pieces.values() if piece.grad is not None] if mine is None else [mine]
         total = torch.zeros((), dtype=torch.float64, device=self.flats[0].whole.device)
-        for piece in self.pieces.values():
-            if piece.grad is not None:
-                total += piece.grad.to(torch.promote_types(piece.grad.dtype, torch.float32)).square().sum()
+        for grad in grads:
+            total += grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum()
         if self.flats[0].ranks > 1:
             dist.all_reduce(total, group=self.group)
         return total.sqrt()
@@ -280,7 +285,8 @@ class Zero1:
     def _split(self, bucket_bytes: int) -> Iterable[dict[str, nn.Parameter]]:
         """What goes into each flat tensor: trained weights, those first whose gradients come first."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        return ({name: trained[name] for name in names} for names in plan_buckets(trained, bucket_bytes))
+        together = {name: p for name, p in trained.items() if name not in self.apart}
+        return ({name: trained[name] for name in names} for names in [*plan_buckets(together, bucket_bytes), *([n] for n in self.apart)])
 
     def _arrived(self, flat: Flat, name: str) -> None:
         """Backward has made a gradient."""

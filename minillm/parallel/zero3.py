@@ -44,7 +44,7 @@ class Zero3(Zero2):
             (number, name), (owner, _, leaf) = places[id(parameter)], path.rpartition(".")
             self._slots[number].append((model.get_submodule(owner), leaf, name))
         for number, unit in enumerate(self._units if self.flats[0].ranks > 1 else ()):
-            unit.register_forward_pre_hook(lambda *_, number=number: self._before(number, number - 1))
+            unit.register_forward_pre_hook(lambda *_, number=number: self._enter(number))
             unit.register_forward_hook(lambda _module, _given, out, number=number: self._after(number, out))
         self._drop_all()
 
@@ -69,6 +69,10 @@ class Zero3(Zero2):
                                  f"blocks and a rest that have parameters, all of one block in one format.")
         return flats
 
+    def _enter(self, number: int) -> None:
+        if number not in self._backward:  # where a checkpointed forward runs again, in backward, all is there
+            self._before(number, number - 1)
+
     def _before(self, number: int, ahead: int) -> None:
         """A unit is about to run: bring its weights together, and let the next one's set out."""
         self._start(number)
@@ -78,7 +82,7 @@ class Zero3(Zero2):
             self._start(ahead)
 
     def _after(self, number: int, out) -> None:
-        """A unit's forward is done; inside backward, when a checkpointed forward runs again, its weights are needed still."""
+        """A unit's forward is done. Its weights may go, but not inside backward."""
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(lambda _: self._begin_backward(number))
@@ -91,7 +95,7 @@ class Zero3(Zero2):
             self._drop(number - 1)
         if number not in self._backward:
             self._backward.add(number)
-            self._before(number, number + 1)
+            self._before(number, (number + 1) % len(self.flats))
 
     def _leave(self, full: Flat) -> None:
         """The gradients of a unit are all there, so its weights have done their work."""

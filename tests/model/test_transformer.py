@@ -100,7 +100,7 @@ def test_more_than_logits_on_request(config):
     torch.testing.assert_close(out.logits, model(text), rtol=1e-10, atol=1e-10)  # by hand against torch's attention
     assert [tuple(h.shape) for h in out.hidden] == [(2, 7, 40)] * (config.layers + 1)
     assert [tuple(a.shape) for a in out.attention] == [(2, config.heads, 7, 7)] * config.layers
-    torch.testing.assert_close(model._scores(out.hidden[-1]), out.logits)
+    torch.testing.assert_close(model.scores(out.hidden[-1]), out.logits)
     assert model(text, return_hidden=True).attention is None
 
 

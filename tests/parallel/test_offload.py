@@ -23,19 +23,20 @@ PLAN = TrainConfig(lr=1e-2)
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def net():
+def net(device="cpu"):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 7)).double()
+    return nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 7)).double().to(device)
 
 
 def loss_of(model, step, part=slice(None)):
     ids = torch.randint(7, (2, 8), generator=torch.Generator().manual_seed(step))[:, part]
+    ids = ids.to(model[1].weight.device)
     return F.cross_entropy(model(ids[0]), ids[1], reduction="sum") / 8
 
 
-def trained(make, me=None):
+def trained(make, me=None, device="cpu"):
     """Losses of this rank's share, and the weights at the end, of four steps of two microbatches."""
-    model, losses = net(), []
+    model, losses = net(device), []
     zero = make(model)
     optimizer = zero.build_optimizer(PLAN)
     rank, size = (me.rank, me.size) if me else (0, 1)
@@ -64,12 +65,12 @@ def dense():
     return losses, dict(model.named_parameters())
 
 
-def both_ways(me=None):
+def both_ways(me=None, device="cpu"):
     with tempfile.TemporaryDirectory() as folder:
         group = me.group if me else None
-        return [trained(lambda model: Offload(model, group, bucket_bytes=400), me),
-                trained(lambda model: Infinity(model, group, Path(folder), bucket_bytes=400), me),
-                sorted(os.listdir(folder))]
+        return [trained(lambda model: Offload(model, group, bucket_bytes=400), me, device),
+                trained(lambda model: Infinity(model, group, Path(folder), bucket_bytes=400), me, device),
+                sorted(name for name in os.listdir(folder) if name.endswith(f"rank{me.rank if me else 0}"))]
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -83,8 +84,20 @@ def test_losses_and_weights_are_those_of_one_place(size):
             for name, weight in weights.items():
                 torch.testing.assert_close(rank[number][1][name], weight.detach(), rtol=1e-9, atol=1e-12)
     for rank, found in enumerate(ranks):
-        assert found[2] == [f"rank{rank}-{flat}-{what}" for flat in ("0.weight", "1.bias", "1.weight", "3.bias", "3.weight")
+        assert found[2] == [f"{flat}-{what}-rank{rank}" for flat in ("0.weight", "1.bias", "1.weight", "3.bias", "3.weight")
                             for what in ("exp_avg", "exp_avg_sq", "master")]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: streams, and memory that cannot be moved")
+def test_states_of_a_gpu_live_on_the_host():
+    losses, weights = dense()
+    for found, end in both_ways(device="cuda")[:2]:
+        # float64: a GPU adds up in another order
+        torch.testing.assert_close(found, losses, rtol=1e-10, atol=0)
+        for name, weight in weights.items():
+            torch.testing.assert_close(end[name].cpu(), weight.detach(), rtol=1e-8, atol=1e-11)
+    zero = Offload(net("cuda"), None)
+    assert all(piece.is_cpu for _, piece in zero.named_parameters()) and zero.flats[0].master.is_pinned()
 
 
 LAYERS, LIMIT = 16, 8  # of a million weights; bytes for each

@@ -9,9 +9,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from minillm.config import TrainConfig
 from minillm.parallel.collectives import Traffic
@@ -53,7 +54,8 @@ class Net(nn.Module):
     def forward(self, ids):
         x = self.embed(ids)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+            with set_checkpoint_early_stop(False):  # so that a block is run again to its end
+                x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
         return self.head(x)
 
 
@@ -254,7 +256,8 @@ def zero3_in_use(me):
             model = Net(recompute=recompute).double()
             for frozen in (model.blocks[1], model.blocks[2].norm):
                 frozen.requires_grad_(False)
-            zero = fully_shard(model, me.group, reshard=reshard)
+            alive, wire = [], Wire(lambda *given: alive.append(whole_units(zero)) or TORCH.reduce_scatter(*given), TORCH.all_gather)
+            zero = fully_shard(model, me.group, reshard=reshard, wire=wire)
             with torch.no_grad():
                 model(batch(5))
             assert freed(zero, model)
@@ -266,6 +269,18 @@ def zero3_in_use(me):
             for name, expected in wanted.items():
                 # float64: only the order of summation differs
                 torch.testing.assert_close(found[name], expected, rtol=1e-11, atol=1e-13)
+            alive.clear()
+            loss_of(model, share(me, 0)).backward()
+            zero.finish()
+            assert not reshard or max(alive) == 3  # the rest, a block, and the one that is on its way; the frozen one has gone
+            model(batch(6))  # for no backward, with weights that the step makes old
+            zero.step(zero.build_optimizer(PLAN))
+            new = zero.gather(dict(zero.named_parameters()))
+            torch.testing.assert_close(model(batch(7)), functional_call(Net().double(), new, batch(7)), rtol=1e-11, atol=1e-13)
+
+
+def whole_units(zero):
+    return sum(flat.whole.untyped_storage().nbytes() > 0 for flat in zero.flats)
 
 
 def order(me):
@@ -283,7 +298,7 @@ def order(me):
 def freed(zero, model):
     """Whether the model has nothing but pieces."""
     shown = dict(model.named_parameters())
-    return (not any(flat.whole.untyped_storage().nbytes() for flat in zero.flats)
+    return (not whole_units(zero)
             and all(shown[name] is piece for name, piece in zero.named_parameters()) and model.head.weight is model.embed.weight)
 
 
@@ -376,7 +391,7 @@ def test_sixteen_bits_with_master_weights(ranks):
 
 def test_the_next_block_is_on_its_way_while_one_runs(ranks):
     forward = ["gather", "gather", "gather", 0, "gather", 1, 2]  # the rest and block 0; then 1 before 0 has run
-    backward = ["gather", "gather", "gather", "reduce", "gather", "reduce", "reduce", "reduce"]  # the rest, 2, 1; then 2's gradients
+    backward = ["gather", "gather", "gather", "reduce", "gather", "reduce", "reduce", "reduce"]  # the rest and block 2; 1 before 2 has run
     assert all(rank["order"] == forward + backward for rank in ranks)
 
 

@@ -33,7 +33,7 @@ def render_zero(parameters: int, ranks: int, convention: str, device: Device, mi
                   f"<text x='{line:.1f}' y='13' text-anchor='{'end' if line > left + width / 2 else 'start'}'>{device.name}: {room / 1e9:,.0f} GB</text>")
     legend = "".join(f"<span style='color:{colour};padding-right:1em'>&#9632; {part}</span>" for part, colour in PARTS.items())
     each = " + ".join(str(getattr(CONVENTIONS[convention], part)) for part in PARTS)
-    picture = f"<svg width='{left + width + 250}' height='142' style='font:12px sans-serif;background:#fff'>{''.join(shapes)}</svg>"
+    picture = f"<svg width='{left + width + 370}' height='142' style='font:12px sans-serif;background:#fff'>{''.join(shapes)}</svg>"
     return (f"<div><b>{short(parameters)} parameters on {ranks:,} GPU{'s' * (ranks > 1)}</b>, {each} = {CONVENTIONS[convention].total} bytes a parameter, "
             f"{microbatches} microbatch{'es' * (microbatches > 1)}; activations and buffers come on top</div>{picture}<div>{legend}</div>")
 

@@ -47,7 +47,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("restarts", [1, 0])
 def test_the_run_goes_on_from_its_last_checkpoint(tmp_path, alone, restarts):
     run = tmp_path / "run"
-    process = start(*TRAIN, *STEPS, "--out", run, "--parallel.dp", "2", ranks=2, restarts=restarts)
+    process = start(*TRAIN, *STEPS, "--out", run, "--parallel.dp", "2", "--parallel.zero", "3", ranks=2, restarts=restarts)
     try:
         killed = kill_one(process, run)
         code, said, err = ended(process)

@@ -1,6 +1,6 @@
 """Training and generation on one CUDA GPU, beside Hugging Face's classes: GPT-2 and a LLaMA of its size.
 
-    python benchmarks/gpu.py [--rounds 5] [--steps 10]
+    python benchmarks/gpu.py [--tables training generation] [--rounds 5] [--steps 10]
 
 A training step is everything: forward, loss, backward, clipping, AdamW. Ours is the Engine's, as `minillm train` takes it;
 the others' is a loop with the same autocast, clipping and fused AdamW. Contestants take turns; medians of wall time. MFU is
@@ -126,14 +126,17 @@ def generation(rounds: int) -> None:
 def main() -> None:
     """Parse the options and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tables", nargs="+", default=["training", "generation"], choices=["training", "generation"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py needs a CUDA GPU, and torch sees none here.")
     torch.manual_seed(0)
-    training(options.rounds, options.steps)
-    generation(options.rounds)
+    if "training" in options.tables:
+        training(options.rounds, options.steps)
+    if "generation" in options.tables:
+        generation(options.rounds)
 
 
 if __name__ == "__main__":

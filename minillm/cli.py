@@ -1,4 +1,4 @@
-"""The command line: `minillm doctor | data | tokenize | train | sample | evaluate | plan | exercises | check | grade`.
+"""The command line: `minillm doctor | data | tokenize | train | finetune | sample | evaluate | plan | exercises | check | grade`.
 
 Each command is a dataclass, and tyro makes its options from the fields; the options of the model and of training are
 the fields of ModelConfig and TrainConfig. An error that the library explains is printed as one line, without a traceback.
@@ -18,6 +18,7 @@ import tyro
 
 from minillm.config import ModelConfig, ParallelConfig, TrainConfig
 from minillm.course.commands import Check, Exercises, Grade
+from minillm.course.finetune import Finetune
 from minillm.data.corpora import documents
 from minillm.data.prepare import DataConfig, Prepared, prepare
 from minillm.data.quality import clean_documents, cleaning_for
@@ -28,7 +29,7 @@ from minillm.model.families import PRESETS, preset
 from minillm.parallel.agreement import FirstRankError
 from minillm.progress import show_progress
 from minillm.text.bpe import BPETokenizer
-from minillm.train.checkpoint import latest_checkpoint
+from minillm.train.checkpoint import find_checkpoint
 from minillm.trainer import TrainingError
 
 PROMPT = "Once upon a time"
@@ -176,10 +177,10 @@ class Sample:
         """Print the text as it is written."""
         from minillm.infer.generate import stream_text
         from minillm.infer.sampling import Sampling
-        from minillm.model.huggingface import load_pretrained
+        from minillm.peft.saving import load_adapted
         folder = find_checkpoint(self.run_or_folder)
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
-        model, tokenizer = load_pretrained(folder).eval(), _tokenizer_of(folder)
+        model, tokenizer = load_adapted(folder).eval(), _tokenizer_of(folder)
         print(self.prompt, end="", flush=True)
         for piece in stream_text(model, tokenizer, self.prompt, self.max_new_tokens, sampling=sampling, stop=self.stop,
                                  seed=self.seed, cached=not self.uncached, compiled=self.compile):
@@ -244,9 +245,9 @@ class Evaluate:
     def run(self) -> int:
         """Print two tables."""
         from minillm.course import evaluation
-        from minillm.model.huggingface import load_pretrained
+        from minillm.peft.saving import load_adapted
         folder = find_checkpoint(self.run_or_folder)
-        model, tokenizer = load_pretrained(folder).eval(), _tokenizer_of(folder)
+        model, tokenizer = load_adapted(folder).eval(), _tokenizer_of(folder)
         seen = evaluation.trained_on(folder)
         if seen is None:
             print(f"Nothing beside {folder} says what it was trained on: a domain other than stories may not be new to it.\n")
@@ -262,7 +263,7 @@ class Evaluate:
         return 0
 
 
-COMMANDS = {"doctor": Doctor, "data": Data, "tokenize": Tokenize, "train": Train, "sample": Sample, "evaluate": Evaluate, "plan": Plan,
+COMMANDS = {"doctor": Doctor, "data": Data, "tokenize": Tokenize, "train": Train, "finetune": Finetune, "sample": Sample, "evaluate": Evaluate, "plan": Plan,
             "exercises": Exercises, "check": Check, "grade": Grade}
 
 
@@ -300,18 +301,6 @@ def parse(args: list[str]):
         return tyro.cli(Train, prog="minillm train", args=words, default=start)
     return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="minillm", args=args or ["--help"],
                                                 description="From raw text to a model that talks.")
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """The newest whole checkpoint of a run, or the folder itself when it is a model.
-
-    Raises: FileNotFoundError when it is neither.
-    """
-    if (folder / "config.json").exists():
-        return folder
-    if whole := latest_checkpoint(folder):
-        return whole
-    raise FileNotFoundError(f"{folder} holds no checkpoint. Train one with: minillm train --out {folder}")
 
 
 def _tokenizer_of(folder: Path) -> BPETokenizer:

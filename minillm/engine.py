@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from minillm.config import ModelConfig, ParallelConfig, TrainConfig
 from minillm.data.loader import Batch
+from minillm.layout import Loss, check_layout
 from minillm.model.huggingface import CheckpointError
-from minillm.model.sharding import sharding_table, why_not
+from minillm.model.sharding import sharding_table
 from minillm.model.stages import cut_stages, layer_costs
 from minillm.model.transformer import Transformer
 from minillm.parallel.agreement import any_rank, on_first
@@ -38,8 +39,6 @@ from minillm.train.loss_scale import LossScaler
 from minillm.train.master_weights import MasterWeights
 from minillm.train.precision import DTYPES, autocast
 from minillm.train.schedule import learning_rate
-
-Loss = Callable[[Tensor, Batch], Tensor]
 
 
 class Engine:
@@ -63,12 +62,17 @@ class Engine:
         self.device = choose_device(train.device)
         built = model if isinstance(model, Transformer) else Transformer(model, seed=train.seed)
         self.model = built.to(self.device)
+        self.partial = any(not weight.requires_grad for weight in self.model.parameters())  # a part of it is frozen
+        if self.partial and (parallel.tp > 1 or parallel.pp > 1 or parallel.zero == 3):
+            raise ValueError(f"tp = {parallel.tp}, pp = {parallel.pp}, zero = {parallel.zero} with frozen weights: what was added to a "
+                             f"model is not cut with it. Use dp alone, with zero = 2 at most.")
         self.group, self.rank, self.ranks = None, 0, 1  # of the data axis
         self.tensor_group, self.pipe_group, self.first, self.world = None, None, True, 1
         if parallel.world_size > 1:
             self._join(mesh)
         self.masters = MasterWeights(self.model, DTYPES[train.precision]) if train.master_weights else None
-        self.weights: dict[str, Tensor] = dict((self.masters or self.model).named_parameters())
+        named = dict((self.masters or self.model).named_parameters())
+        self.weights: dict[str, Tensor] = {name: weight for name, weight in named.items() if weight.requires_grad}
         self.replicas = self._replicate() if self.group else None
         if self.pipe_group:
             self.pipeline = Pipeline(self.stages, self.pipe_group, self._last_loss, context=self._mixed)
@@ -264,7 +268,8 @@ class Engine:
             tensors["rng_cuda"] = torch.cuda.get_rng_state(self.device)
         if self.scaler:
             tensors |= {"loss_scale": torch.tensor(self.scaler.scale), "good_steps": torch.tensor(self.scaler.good_steps)}
-        slots: dict[str, dict[str, Tensor]] = {"master": dict(self.weights)} if self.masters else {}
+        # A checkpoint beside a frozen base has its adapter in another form, or in none.
+        slots: dict[str, dict[str, Tensor]] = {"master": dict(self.weights)} if self.masters or self.partial else {}
         for name, weight in self.weights.items():
             for slot, value in self.optimizer.state[weight].items():
                 slots.setdefault(slot, {})[name] = value
@@ -288,11 +293,18 @@ class Engine:
             if name in saved:
                 value = value if slot == "step" else self._part(name, value)
                 saved[name][slot] = value.to(self.device, copy=True)  # else the next step would change the caller's tensors
-        if self.masters:
+        if self.masters or self.partial:
             for name, weight in self.weights.items():
-                if "master" not in saved[name]:
-                    raise CheckpointError(f"the checkpoint has no master weights for {name}: it was trained without them.")
-                weight.copy_(saved[name].pop("master"))
+                held = saved[name].pop("master", None)
+                if held is None:
+                    raise CheckpointError(f"the checkpoint has no {'master ' if self.masters else ''}weights for {name}: it was trained "
+                                          f"without them.")
+                if held.shape != weight.shape:
+                    raise CheckpointError(f"{name} is {tuple(held.shape)} in the checkpoint and {tuple(weight.shape)} here: it was "
+                                          f"trained with another adapter.")
+                weight.copy_(held)
+        if self.masters:
+            self.masters.write_back()
         # a scaler may have skipped every step so far, and then there is no state yet
         begun = any(saved.values()) or (self.steps_done and not self.scaler)
         for name, weight in self.weights.items():
@@ -337,45 +349,6 @@ class Engine:
         loss, penalty = self._scored(logits, batch)
         self._nats += loss.detach()
         return loss + penalty
-
-
-def check_layout(model: ModelConfig, train: TrainConfig, parallel: ParallelConfig, loss: Loss = next_token_loss) -> None:
-    """Refuse a layout that the batch, the model or the training cannot have. Raises: ValueError that says what would work."""
-    parallel.share(train.batch_size)
-    if reason := why_not(model, parallel.tp):
-        raise ValueError(reason)
-    if parallel.sequence_parallel and model.context % parallel.tp:
-        raise ValueError(f"a context of {model.context} tokens cannot be shared out to tp = {parallel.tp} ranks. Use another "
-                         f"context, or leave sequence_parallel out.")
-    untried = (train.compile, "it has not been tried with messages inside the model. Leave it out")
-    refused = {
-        ("tp", f"optimizer = {train.optimizer!r}"): (train.optimizer in ("muon", "adafactor"), "it looks at whole matrices, and a rank "
-                                                     "has a part of each. Use \"fused\""),
-        ("tp", "precision = 'fp8'"): (train.precision == "fp8", "its scales are those of whole matrices. Use \"bf16\""),
-        ("tp", "compile"): untried, ("pp", "compile"): untried,
-        ("tp", "a loss of its own"): (loss is not next_token_loss, "the logits are split by token, and only next_token_loss has a form "
-                                      "that reads them so. Use that"),
-        ("pp", "precision = 'fp8'"): (train.precision == "fp8", "it keeps the head in 16 bits, which most stages do not have. Use "
-                                      "\"bf16\""),
-    }
-    for (axis, what), (asked, why) in refused.items():
-        if asked and (size := getattr(parallel, axis)) > 1:
-            raise ValueError(f"{axis} = {size} with {what}: {why}, or {axis} = 1.")
-    if parallel.pp > 1:
-        _check_pipeline(model.layers, train, parallel)
-
-
-def _check_pipeline(layers: int, train: TrainConfig, parallel: ParallelConfig) -> None:
-    """Refuse stages without layers, and microbatches that the share or the schedule does not divide into."""
-    stages, share = parallel.pp * parallel.chunks, parallel.share(train.batch_size)
-    if stages > layers:
-        raise ValueError(f"pp = {parallel.pp} with chunks = {parallel.chunks} makes {stages} stages, and the model has {layers} layers: "
-                         f"each stage needs at least one.")
-    size = train.microbatch_size or share
-    if share % size:
-        raise ValueError(f"a rank's {share} sequences do not divide into microbatches of {size}, and a pipeline's must be alike. "
-                         f"Use a microbatch_size that divides {share}.")
-    build_schedule(parallel.schedule, parallel.pp, share // size, parallel.chunks)
 
 
 def choose_device(name: str) -> torch.device:

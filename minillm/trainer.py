@@ -44,15 +44,17 @@ class Trainer:
     at: functions of the whole model to call after certain steps (0 is before the first), which return values for the
     metrics file.
     peak: floating-point operations a second that a rank's device could do; then the model's share of them (MFU) is told, too.
+    save_model: writes an adapter's files to a checkpoint, instead of the whole model.
     """
 
     def __init__(self, engine: Engine, loader: Loader, validation: TokenShards, run: str | Path, *,
                  tokenizer=None, tensorboard: bool = False,
-                 at: dict[int, Callable[[Transformer], dict]] | None = None, peak: float | None = None):
+                 at: dict[int, Callable[[Transformer], dict]] | None = None, peak: float | None = None,
+                 save_model: Callable[[Transformer, Path], None] | None = None):
         self.engine, self.loader, self.validation, self.run = engine, loader, validation, Path(run)
         self.config: TrainConfig = engine.config
         self.tokenizer, self.tensorboard, self.at = tokenizer, tensorboard, at or {}
-        self.peak = peak
+        self.peak, self.save_model = peak, save_model
         self._skipped = 0  # steps in a row, by the loss scaler
         self._stop: signal.Signals | None = None
 
@@ -172,7 +174,8 @@ class Trainer:
         notes = {"step": self.engine.steps_done, "model": asdict(self.engine.model.config),
                  "train": asdict(self.config), "parallel": asdict(self.engine.parallel), "device": str(self.engine.device),
                  "loader": self.loader.state_dict()}
-        save_checkpoint(folder, model, tensors, notes, self.tokenizer.save if self.tokenizer else None)
+        save_checkpoint(folder, model, tensors, notes, self.tokenizer.save if self.tokenizer else None,
+                        self.save_model)
         prune(self.run, self.config.keep)
 
     def restore(self, folder: Path) -> None:
@@ -182,8 +185,9 @@ class Trainer:
         """
         checkpoint = load_checkpoint(folder)
         self._check_same(checkpoint.folder, checkpoint.notes)
-        weights = load_pretrained(folder, dtype=next(self.engine.model.parameters()).dtype).state_dict()
-        self.engine.load_weights(weights)
+        if (folder / "config.json").exists():  # else it is an adapter's, whose weights the engine has kept
+            weights = load_pretrained(folder, dtype=next(self.engine.model.parameters()).dtype).state_dict()
+            self.engine.load_weights(weights)
         self.engine.load_state_dict(checkpoint.tensors)
         self.loader.load_state_dict(checkpoint.notes["loader"])
 

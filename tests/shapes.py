@@ -8,5 +8,6 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
-install_import_hook([f"minillm.{part}" for part in ("data", "nn", "model", "train", "parallel", "infer", "plan", "engine", "zero_engine", "torch_engine", "trainer")],
+PARTS = ("data", "nn", "model", "train", "parallel", "infer", "peft", "plan", "layout", "engine", "zero_engine", "torch_engine", "trainer")
+install_import_hook([f"minillm.{part}" for part in PARTS],
                     "shapes.checked")

@@ -38,31 +38,39 @@ def first_run(request) -> int:
 
     Raises: ValueError where there are not as many ranks as the layout has.
     """
-    ranks, started = request.parallel.world_size, int(os.environ.get("WORLD_SIZE", 1))
     check_layout(request.model, request.train, request.parallel)
     if request.parallel.engine == "torch":
         check_torch_layout(request.model, request.train, request.parallel)
     if request.parallel.zero:
         check_zero(request.train, request.parallel)
+    return on_ranks(request, "train", _run)
+
+
+def on_ranks(request, command: str, work) -> int:
+    """Do `work(request, group)` on every rank that the request's layout has, or alone. Returns the first one's exit code.
+
+    Raises: ValueError where as many have not been started.
+    """
+    ranks, started = request.parallel.world_size, int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1 and started == 1:
         axes = " ".join(f"--parallel.{axis} {size}" for axis, size in request.parallel.axes.items())
         raise ValueError(f"{axes} is for {ranks} ranks, and this is one process. Start them with: "
                          f"{Path(sys.executable).with_name('torchrun')} --nproc-per-node {ranks} -m minillm "
-                         f"train {axes} and your other options.")
+                         f"{command} {axes} and your other options.")
     if ranks != started:
         fits, rest = divmod(started, request.parallel.tp * request.parallel.pp)
         raise ValueError(f"{started} ranks have been started, and the layout has {ranks}: "
                          + ("start with" if rest or not fits else f"add --parallel.dp {fits}, or start with")
                          + f" --nproc-per-node {ranks}.")
     if ranks == 1:
-        return _run(request, None)
-    return launch(lambda me: _run(request, me.group), ranks, timeout=PATIENCE)[0]
+        return work(request, None)
+    return launch(lambda me: work(request, me.group), ranks, timeout=PATIENCE)[0]
 
 
 def _run(request, group) -> int:
     """The whole of it, on one of the group's ranks or alone."""
     run = Path(request.out)
-    resume = on_first(lambda: _place_to_begin(request, run), group)
+    resume = on_first(lambda: place_to_begin(request, run), group)
     data = _data(request, run, group)
     model = _fitting(request.model, data)
     size = num_params(Transformer(model, device="meta"))
@@ -113,7 +121,7 @@ def _fitting(model, data: Prepared):
     return model
 
 
-def _place_to_begin(request, run: Path) -> Path | None:
+def place_to_begin(request, run: Path) -> Path | None:
     """The checkpoint to go on from, if any; with --fresh, what is there makes room first."""
     if request.fresh:
         _set_aside(run)

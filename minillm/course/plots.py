@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 
 from minillm.parallel.mesh import groups
+from minillm.plan.timeline import Timeline
 
 # Okabe and Ito, "Color Universal Design" (2008), darkest first so that two lines differ in grey too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -134,4 +136,35 @@ def mesh_picture(world: int, *, title: str = "", **degrees: int) -> Axes:
     ax.set(xlim=(-1.2 if stages > 1 else -0.1, across + 0.35 * across / wide), ylim=(0.9 - stages, 1.1), aspect="equal",
            title=title)
     ax.axis("off")
+    return ax
+
+
+# forward, backward or its first part, the part for weights, the update
+ACTIONS = {"forward": COLOURS[0], "backward": COLOURS[1], "backward_input": COLOURS[1], "backward_weight": COLOURS[2],
+           "update": COLOURS[6]}
+
+
+def gantt(timeline: Timeline, *, title: str = "", unit: str = "", scale: float = 1.0, until: float | None = None,
+          ax: Axes | None = None) -> Axes:
+    """Who works when: a row a rank, a box an action with its microbatch's number, later chunks of a rank in lighter colours.
+
+    Forwards are blue, backwards orange, their separate part for weights green, updates black. unit and scale: of the time
+    axis, such as "ms" and 1000; until: where it ends, so that two can be compared.
+    """
+    ax = ax or plt.figure(figsize=(9.2, 0.42 * timeline.ranks + 0.9)).gca()
+    begun = min(timed.start for timed in timeline.actions)
+    end = until or timeline.makespan * scale
+    chunks = 1 + max(timed.action.stage for timed in timeline.actions) // timeline.ranks
+    for action, start, stop in timeline.actions:
+        chunk, rank = divmod(action.stage, timeline.ranks)
+        pale = 0.65 * chunk / chunks
+        colour = [pale + (1 - pale) * part for part in to_rgb(ACTIONS[action.kind])]
+        left, width = (start - begun) * scale, (stop - start) * scale
+        ax.barh(-rank, width, left=left, height=0.82, color=colour, edgecolor="white", linewidth=0.6)
+        if width > 0.009 * end * len(str(action.microbatch)):
+            ax.text(left + width / 2, -rank - 0.04, action.microbatch, ha="center", va="center", fontsize=7.5,
+                    color="black" if pale else "white")
+    ax.set(xlim=(0, end), ylim=(0.55 - timeline.ranks, 0.55), xlabel=unit, title=title)
+    ax.set_yticks([-rank for rank in range(timeline.ranks)], [f"rank {rank}" for rank in range(timeline.ranks)])
+    ax.grid(visible=False)
     return ax

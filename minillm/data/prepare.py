@@ -65,13 +65,16 @@ class Prepared:
     val: TokenShards
 
 
-def prepare(folder: str | Path, config: DataConfig, vocab_size: int) -> Prepared:
+def prepare(folder: str | Path, config: DataConfig, vocab_size: int = 0, tokenizer: BPETokenizer | None = None) -> Prepared:
     """Make the data folder, or open it when it was made by the same request.
+
+    vocab_size: of the tokenizer that is trained, if none is given.
 
     Raises: ValueError when the folder was made by another request, when the source is empty, or the vocabulary too small.
     """
     folder = Path(folder)
-    request = asdict(config) | {"vocab_size": vocab_size}
+    request = asdict(config) | {"vocab_size": tokenizer.vocab_size if tokenizer else vocab_size}
+    request |= {"tokenizer": tokenizer.fingerprint} if tokenizer else {}
     made = folder / "data.json"
     if made.exists():
         _check_same_request(folder, json.loads(made.read_text())["request"], request)
@@ -81,10 +84,11 @@ def prepare(folder: str | Path, config: DataConfig, vocab_size: int) -> Prepared
     for name, part in zip(("train", "validation"), parts, strict=True):
         if not part:
             raise ValueError(f"{config.source}: {len(texts)} documents leave none for {name} at val_fraction = "
-                             f"{config.val_fraction}. Give more documents (a single file is one document; a folder or "
-                             f"a .jsonl file is many), or change val_fraction.")
-    sample = _up_to(config.tokenizer_size, parts[0])
-    tokenizer = BPETokenizer.train((d.text for d in sample), vocab_size, split_digits=True)
+                             f"{config.val_fraction}. Give more documents (a single file is cut at its blank lines; a folder "
+                             f"or a .jsonl file is many), or change val_fraction.")
+    if tokenizer is None:
+        sample = _up_to(config.tokenizer_size, parts[0])
+        tokenizer = BPETokenizer.train((d.text for d in sample), vocab_size, split_digits=True)
     tokenizer.save(folder)
     for name, part in zip(("train", "val"), parts, strict=True):
         write_shards(folder, name, track(part, f"tokenize {name}", unit="doc"), tokenizer)
@@ -107,6 +111,9 @@ def _collect(config: DataConfig) -> tuple[list[Document], dict]:
     texts = list(track(documents(config.source, limit=config.size, seed=config.seed), f"read {config.source}", unit="doc"))
     if not texts:
         raise ValueError(f"{config.source} holds no text: there is nothing to train on.")
+    if len(texts) == 1:  # else nothing would be left to validate on; `minillm data --out` writes such files
+        pieces = [piece for piece in texts[0].text.split("\n\n") if piece.strip()]
+        texts = [Document(piece, f"{texts[0].name}, part {number}") for number, piece in enumerate(pieces, 1)]
     if config.clean:
         kept, report = clean_documents(texts, cleaning_for(config.source, config.min_words, config.dedup))
         copies = sum(s.documents_in - s.documents_out for s in report.stages if s.name.endswith("copies"))

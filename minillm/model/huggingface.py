@@ -7,6 +7,7 @@ unpickled, since unpickling a downloaded file runs whatever code it carries.
 
 import difflib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -65,20 +66,25 @@ def load_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32,
                           strict=False, assign=True)
     if tied:
         model.head.weight = model.embed.weight
+    model.layout = layout
     return model
 
 
 def save_pretrained(model: Transformer, folder: str | Path) -> None:
     """Write config.json and model.safetensors, so that `load_pretrained` and Hugging Face's class read them back.
 
-    Each file is written under a temporary name and renamed. Raises: OSError when the disk is full.
+    Each file is written under a temporary name and renamed. Adapters are left out (minillm/peft/saving.py).
+    Raises: OSError when the disk is full; ValueError for quantised weights.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layout = layout_for(model.config)
     tensors = {n: t.detach().to("cpu").contiguous() for n, t in model.state_dict().items()}
-    if model.config.tied:
-        del tensors["head.weight"]
+    wanted = [rule.theirs for rule in _own_rules(model.config)]  # not what adapters have brought
+    if lost := [name for name in wanted if name not in tensors]:
+        raise ValueError(f"{lost[0]} is not there as a matrix. If it is quantised, call dequantize_linears(model) first, or save the "
+                         f"adapter alone.")
+    tensors = {name: tensors[name] for name in wanted}
     if layout:
         tensors = _pack(layout, tensors, model.config)
         about = {"architectures": [layout.architecture], "model_type": layout.model_type,
@@ -88,6 +94,11 @@ def save_pretrained(model: Transformer, folder: str | Path) -> None:
     kind = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_atomically(folder / "config.json", json.dumps(about | {"dtype": kind}, indent=2))
     save_tensors(folder / "model.safetensors", tensors)
+
+
+def layout_of(model: Transformer) -> Layout | None:
+    """The published layout that a model was loaded from, or the first that can say its configuration."""
+    return getattr(model, "layout", None) or layout_for(model.config)
 
 
 def layout_for(config: ModelConfig) -> Layout | None:
@@ -136,7 +147,7 @@ def _unpack(rules: tuple[Rule, ...], tensors: dict[str, Tensor], model: Transfor
     """Their tensors under our names, every one used once and every one of ours found."""
     wanted = {name: p.shape for name, p in model.named_parameters()}
     left, ours, missing = dict(tensors), {}, []
-    for rule, theirs, names in _rules_filled_in(rules, model.config):
+    for rule, theirs, names in rules_filled_in(rules, model.config):
         if names[0] not in wanted:
             continue
         if theirs not in left:
@@ -156,14 +167,14 @@ def _unpack(rules: tuple[Rule, ...], tensors: dict[str, Tensor], model: Transfor
 def _pack(layout: Layout, tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our tensors under their names."""
     packed = {}
-    for rule, theirs, names in _rules_filled_in(layout.rules_for(config), config):
+    for rule, theirs, names in rules_filled_in(layout.rules_for(config), config):
         if names[0] in tensors:
             name = theirs if names[0].startswith("head.") else layout.prefix + theirs
             packed[name] = rule.pack(tuple(tensors[n] for n in names), config).contiguous()
     return packed
 
 
-def _rules_filled_in(rules: tuple[Rule, ...], config: ModelConfig):
+def rules_filled_in(rules: tuple[Rule, ...], config: ModelConfig) -> Iterator[tuple[Rule, str, list[str]]]:
     """Every rule with its names filled in, once for each layer where it has an {i}, and each expert where it has a {j}."""
     for rule in rules:
         for i in range(config.layers) if "{i}" in rule.theirs else [0]:

@@ -73,6 +73,7 @@ class Attention(nn.Module):
         if self.qk_norm != "none":
             one = config.head_size if self.qk_norm == "head" else None
             self.q_norm, self.k_norm = RMSNorm(one or queries, config.norm_eps), RMSNorm(one or keys, config.norm_eps)
+        self.extra = None  # a module from outside that adds to what the heads bring: minillm/peft/llama_adapter.py
 
     def forward(self, x: Float[Tensor, "B T C"], rotary: Float[Tensor, "rows T 1 half 2"] | None = None,
                 mask: Mask | None = None, cache=None,
@@ -96,4 +97,6 @@ class Attention(nn.Module):
             mixed, seen = attend_by_hand(q, k, v, mask, scale=self.scale, softcap=self.softcap)
         else:
             mixed, seen = attend(q, k, v, mask, scale=self.scale), None
+        if self.extra is not None:
+            mixed = mixed + self.extra(q, self)
         return self.out(mixed.transpose(1, 2).flatten(2)), seen  # (B, H, T, D) -> (B, T, H·D)

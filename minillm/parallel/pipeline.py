@@ -235,16 +235,18 @@ class _Mail:
         self.place = {part: number for number, action in enumerate(ordered) for part in parts(action)}
         self.incoming = [(number, to) for number, action in enumerate(ordered) if (to := self._to(action)) in self.place
                          and to.stage % self.ranks == self.rank != action.stage % self.ranks][::-1]
+        self.pending = {to for _, to in self.incoming}
         self.came: dict[Action, tuple[Tensor, dist.Work | None]] = {}
         self.sent: list[tuple[int, dist.Work, Tensor]] = []
         self.forms: dict[int, tuple[torch.dtype, list[int]]] = {}  # of the stream that goes to a stage, once it is known
 
     def receive(self, number: int, action: Action) -> Tensor | None:
         """What an action at this place needs from elsewhere: a stream, a gradient or nothing."""
-        while self.incoming and self.incoming[-1][0] < number:
+        wanted = parts(action)[0]
+        while self.incoming and self.incoming[-1][0] < number and (wanted in self.pending or not self._too_early(number)):
             self._expect(self.incoming.pop()[1])
         self.settle(number)
-        tensor, work = self.came.pop(parts(action)[0], (None, None))
+        tensor, work = self.came.pop(wanted, (None, None))
         if work is not None:
             work.wait()
         return tensor
@@ -275,8 +277,14 @@ class _Mail:
                 work.wait()
         self.sent = [message for message in self.sent if message[0] >= number]
 
+    def _too_early(self, number: int) -> bool:
+        """Whether the next receive would wait for its shape, though what it brings is not needed yet."""
+        to = self.incoming[-1][1]
+        return to.kind == "forward" and to.stage not in self.forms and self.place[to] > number
+
     def _expect(self, to: Action) -> None:
         """Post a receive. A gradient has the shape of what was sent; a stream's is told before its first."""
+        self.pending.discard(to)
         forward = to.kind == "forward"
         sender = (to.stage + (-1 if forward else 1)) % self.ranks
         if forward and to.stage not in self.forms:

@@ -6,7 +6,7 @@ Sources: arXiv:1910.02054 §3.1 (half), §5 and §7 (ZeRO), Megatron-LM's distri
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,15 @@ def zero_traffic(parameters: int, ranks: int, stage: int, microbatches: int = 1)
     Cost: (P-1)/P times 2Ψ, 2Ψ, 2Ψ, 3Ψ. Of M microbatches each has its own reduce-scatter from stage 2 on: (M + 1)Ψ, 3MΨ.
     """
     return (2, 2, microbatches + 1, 3 * microbatches)[stage] * parameters * (ranks - 1) / ranks
+
+
+def tuning_bytes(frozen: int, trained: int, convention: str) -> States:
+    """Fine-tuning a part: the base once, in `frozen` bytes as it is stored, and `trained` parameters with all their states.
+
+    What is trained costs eight times its 16-bit weights at 16 bytes a parameter, ten times at 20; the base costs itself.
+    """
+    states = state_bytes(trained, convention)
+    return replace(states, weights=states.weights + frozen)
 
 
 def least_devices(size: int, memory: int) -> int:

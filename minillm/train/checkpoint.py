@@ -25,7 +25,9 @@ from minillm.files import sync, write_atomically
 from minillm.model.huggingface import CheckpointError, load_tensors, save_pretrained, save_tensors
 from minillm.model.transformer import Transformer
 
-NEEDED = ("config.json", "model.safetensors", "optimizer.safetensors", "trainer.json")
+NEEDED = ("optimizer.safetensors", "trainer.json")
+MODEL = (("config.json", "model.safetensors"), ("adapter_config.json", "adapter_model.safetensors"))
+"""A whole model, or what was added to one that is elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, model: Transformer, tensors: dict[str, Tensor], notes: dict,
-                    save_tokenizer: Callable[[Path], None] | None = None) -> None:
-    """Write a whole checkpoint or nothing.
+                    save_tokenizer: Callable[[Path], None] | None = None,
+                    save_model: Callable[[Transformer, Path], None] | None = None) -> None:
+    """Write a whole checkpoint or nothing. save_model: writes an adapter's files instead of the model's.
 
     Raises: CheckpointError when the disk is full; the message names the last whole checkpoint.
     """
@@ -48,7 +51,7 @@ def save_checkpoint(folder: Path, model: Transformer, tensors: dict[str, Tensor]
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_pretrained(model, temporary)
+        (save_model or save_pretrained)(model, temporary)
         save_tensors(temporary / "optimizer.safetensors", tensors)
         write_atomically(temporary / "trainer.json", json.dumps(notes, indent=1))
         if save_tokenizer:
@@ -90,7 +93,7 @@ def what_is_wrong(folder: Path) -> str | None:
         sizes = json.loads(manifest.read_text())
     except ValueError:
         return "manifest.json is not whole"
-    if not isinstance(sizes, dict) or not all(isinstance(sizes.get(name), int) for name in NEEDED):
+    if not isinstance(sizes, dict) or not any(all(isinstance(sizes.get(name), int) for name in NEEDED + pair) for pair in MODEL):
         return "manifest.json does not list the files of a checkpoint"
     for name, expected in sizes.items():
         file = folder / name
@@ -109,6 +112,18 @@ def checkpoints(run: Path) -> list[Path]:
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
     return next((folder for folder in reversed(checkpoints(run)) if what_is_wrong(folder) is None), None)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The newest whole checkpoint of a run, or the folder itself when it is a model or an adapter.
+
+    Raises: FileNotFoundError when it is neither.
+    """
+    if any((folder / pair[0]).exists() for pair in MODEL):
+        return folder
+    if whole := latest_checkpoint(folder):
+        return whole
+    raise FileNotFoundError(f"{folder} holds no checkpoint. Train one with: minillm train --out {folder}")
 
 
 def prune(run: Path, keep: int) -> None:

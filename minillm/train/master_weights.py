@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 
 class MasterWeights:
-    """Turns a model's weights to 16 bits and holds their float32 copies, which are what the optimizer is built from."""
+    """Turns a model's weights to 16 bits and holds float32 copies of those that are trained: the optimizer is built from them."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, gradients: Literal["half", "float", "both"] = "float"):
         self.gradients = gradients
-        named = {name: p.detach().to(torch.float32, copy=True) for name, p in model.named_parameters()}
+        named = {name: p.detach().to(torch.float32, copy=True) for name, p in model.named_parameters() if p.requires_grad}
         model.to(dtype)  # the same parameters, so a tied weight stays one
         self.masters = {name: nn.Parameter(copy) for name, copy in named.items()}
-        self._pairs = [(parameter, self.masters[name]) for name, parameter in model.named_parameters()]
+        self._pairs = [(parameter, self.masters[name]) for name, parameter in model.named_parameters() if name in self.masters]
         if gradients == "float":
             for parameter, master in self._pairs:
                 parameter.register_post_accumulate_grad_hook(lambda p, master=master: _move_gradient(p, master))

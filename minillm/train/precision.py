@@ -4,6 +4,8 @@ Products of matrices are most of the work and forgive rounding, so they run in 1
 span many orders of magnitude get float32; the rest takes what comes. `Autocast` is that rule as a few lines around every torch
 function, and equals torch.autocast, which the engine uses for bf16 and fp16. With `linear`, products of linear layers are
 done by another function: eight bits. Source: arXiv:1710.03740 §3.3; torch.amp's lists of operations.
+Differs: on CUDA torch's cross entropy of 16-bit logits rounds its logarithms to 16 bits again (seen in 2.11); here they are wide,
+as in minillm/train/loss.py, which casts its logits first.
 """
 
 from collections.abc import Callable

@@ -87,3 +87,16 @@ def test_the_picture_of_a_mesh_frames_tensor_groups_and_colours_data_groups():
     assert colour[0] == colour[2] != colour[1] == colour[3] and colour[4] == colour[6] != colour[0]
     assert squares[0].get_x() == squares[4].get_x() == squares[12].get_x()  # a pipeline group is a column
     assert not any("stage" in text.get_text() for text in mesh_picture(4, tp=2).texts)
+
+
+def test_a_timeline_has_a_row_a_rank_and_a_box_an_action():
+    from minillm.course.plots import gantt
+    from minillm.parallel.schedules import interleaved, zero_bubble
+    from minillm.plan.timeline import Times, simulate
+    timeline = simulate(interleaved(2, 4, 2), Times(1.0, 1.0, 1.0))
+    ax = gantt(timeline, unit="ms", scale=1000.0)
+    assert len(ax.patches) == len(timeline.actions) == 2 * 2 * 2 * 4 and ax.get_xlim() == (0, 1000 * timeline.makespan)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["rank 0", "rank 1"]
+    assert len({patch.get_facecolor() for patch in ax.patches}) == 4  # two kinds, each in two chunks
+    assert {text.get_text() for text in ax.texts} == set("0123")
+    assert len({patch.get_facecolor() for patch in gantt(simulate(zero_bubble(2, 4)), until=50).patches}) == 3

@@ -8,6 +8,7 @@ import pytest
 from minillm.data.prepare import DataConfig, open_prepared, prepare
 from minillm.data.shards import write_shards
 from minillm.data.stories import stories
+from minillm.text.bpe import BPETokenizer
 
 CONFIG = DataConfig(size=40_000, val_fraction=0.2, tokenizer_size=20_000)
 
@@ -103,6 +104,22 @@ def test_one_document_cannot_be_split(tmp_path):
     (tmp_path / "one.txt").write_text("a single document")
     with pytest.raises(ValueError, match="1 documents leave none for (train|validation)"):
         prepare(tmp_path / "data", DataConfig(source=str(tmp_path / "one.txt")), 300)
+
+
+def test_a_single_file_is_cut_at_its_blank_lines(tmp_path):
+    (tmp_path / "one.txt").write_text("\n\n".join(f"document number {n}" for n in range(20)))
+    config = DataConfig(source=str(tmp_path / "one.txt"), val_fraction=0.3, dedup=False)
+    made = prepare(tmp_path / "data", config, 300)
+    assert made.train.documents + made.val.documents == 20 and made.val.documents
+
+
+def test_a_tokenizer_can_be_given(tmp_path, prepared):
+    config = DataConfig(source="languages", val_fraction=0.3)
+    made = prepare(tmp_path / "data", config, tokenizer=prepared.tokenizer)
+    assert made.tokenizer.fingerprint == prepared.tokenizer.fingerprint
+    other = BPETokenizer.train(["another text"], 290)
+    with pytest.raises(ValueError, match="tokenizer was "):
+        prepare(tmp_path / "data", config, tokenizer=other)
 
 
 @pytest.mark.parametrize("wrong", [{"size": 0}, {"tokenizer_size": 0}, {"val_fraction": 0.0}, {"val_fraction": 1.0},

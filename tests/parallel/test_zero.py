@@ -291,6 +291,7 @@ def order(me):
     fully_shard(model, me.group, wire=wire)
     for number, block in enumerate(model.blocks):
         block.register_forward_hook(lambda *_, number=number: seen.append(number))
+    model.register_forward_hook(lambda _model, _given, out: out.register_hook(lambda _: seen.append("back")) and None)
     loss_of(model, share(me, 0)).backward()
     return seen
 
@@ -391,7 +392,7 @@ def test_sixteen_bits_with_master_weights(ranks):
 
 def test_the_next_block_is_on_its_way_while_one_runs(ranks):
     forward = ["gather", "gather", "gather", 0, "gather", 1, 2]  # the rest and block 0; then 1 before 0 has run
-    backward = ["gather", "gather", "gather", "reduce", "gather", "reduce", "reduce", "reduce"]  # the rest and block 2; 1 before 2 has run
+    backward = ["gather", "gather", "back", "gather", "reduce", "gather", "reduce", "reduce", "reduce"]  # the rest and block 2; 1 before 2 has run
     assert all(rank["order"] == forward + backward for rank in ranks)
 
 

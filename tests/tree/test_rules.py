@@ -36,6 +36,7 @@ def test_words_that_must_not_be_there():
     assert rules.unfinished_or_local("a fine line, ~/.cache, /tmp/x") == []
     assert rules.unfinished_or_local("# TO" + "DO: more") and rules.unfinished_or_local("open('/ro" + "ot/x')")
     assert rules.unfinished_or_local("/ho" + "me/someone/x") and rules.unfinished_or_local("https://py" + "pi.org/simple")
+    assert rules.unfinished_or_local('"image/png": "a+' + 'XX' + 'X/b"') == [] and rules.unfinished_or_local("a+" + "XX" + "X/b")
     late = "from __future__ import " + "annotations\n"
     assert rules.late_annotations(late) == [] and rules.late_annotations(late + "import jaxtyping")
 

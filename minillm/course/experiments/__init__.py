@@ -3,8 +3,8 @@
 An experiment is a file beside this one with ROWS (name -> ModelConfig), PLAN (a TrainConfig), CONTEXT, SEEDS and
 `measure(model, data)`, which returns numbers; each row is trained once for each seed, all rows on the same stories in the same
 order. It may also have PLANS (row -> what it changes in the plan), SEEDS_OF (row -> other seeds), DATA (other stories),
-CHANGES (row -> a function that changes batches), and Probe: a class whose instance is called at every step of a run and ends
-with a dict `found`, which is stored as well. The results say with which versions, on what machine and by which command they
+CHANGES (row -> a function that changes batches), Probe: a class whose instance is called at every step of a run and ends
+with a dict `found`, which is stored as well; or TRAIN (row -> a function in the place of `train_row`, without these two). The results say with which versions, on what machine and by which command they
 were made. A lesson shows them, and trains one row anew.
 """
 
@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
@@ -88,8 +89,9 @@ def _one(name: str, row: str, seed: int, folder: str) -> dict:
     experiment = importlib.import_module(f"{__name__}.{name}")
     data = prepare(folder, data_of(experiment), VOCABULARY)
     probe = experiment.Probe() if hasattr(experiment, "Probe") else None
-    change = getattr(experiment, "CHANGES", {}).get(row)
-    model = train_row(experiment.ROWS[row], plan_of(experiment, row), data, experiment.CONTEXT, seed, probe=probe, change=change)
+    usual = partial(train_row, probe=probe, change=getattr(experiment, "CHANGES", {}).get(row))
+    train = getattr(experiment, "TRAIN", {}).get(row, usual)
+    model = train(experiment.ROWS[row], plan_of(experiment, row), data, experiment.CONTEXT, seed)
     found: Mapping[str, float] = experiment.measure(model, data)
     numbers = {key: round(value, 4) for key, value in found.items()}
     return {"seed": seed, "parameters": num_params(model), **numbers, **(probe.found if probe else {})}

@@ -53,11 +53,11 @@ ROWS = {
 }
 
 
-def measure(model: Transformer, data: Prepared) -> dict[str, float]:
+def measure(model: Transformer, data: Prepared, context: int = CONTEXT) -> dict[str, float]:
     """Validation loss in nats a token, and how far it is above the best possible."""
     engine, total, count = Engine(model, PLAN), 0.0, 0
     with torch.no_grad():
-        for number, batch in enumerate(evaluation_batches(data.val, batch_size=32, context=CONTEXT)):
+        for number, batch in enumerate(evaluation_batches(data.val, batch_size=32, context=context)):
             if number == 12:
                 break
             total, count = total + engine.evaluate(batch), count + batch.count

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from minillm.course import experiments
-from minillm.course.experiments import families, positions, scaling, spikes, staleness
+from minillm.course.experiments import families, positions, scaling, spikes, staleness, tuning
 from minillm.data.loader import Loader
 from minillm.data.prepare import DataConfig, prepare
 from minillm.model.transformer import Transformer, num_params
 from minillm.course.scaling_law import fit_scaling_law, residuals
 
-EXPERIMENTS = {"positions": positions, "families": families, "scaling": scaling, "spikes": spikes, "staleness": staleness}
+EXPERIMENTS = {"positions": positions, "families": families, "scaling": scaling, "spikes": spikes, "staleness": staleness, "tuning": tuning}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

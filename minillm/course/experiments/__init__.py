@@ -1,11 +1,12 @@
 """`make experiments`: comparisons too long for a notebook, stored as JSON that the lessons draw.
 
 An experiment is a file beside this one with ROWS (name -> ModelConfig), PLAN (a TrainConfig), CONTEXT, SEEDS and
-`measure(model, data)`, which returns numbers; each row is trained once for each seed, all rows on the same stories in the same
-order. It may also have PLANS (row -> what it changes in the plan), SEEDS_OF (row -> other seeds), DATA (other stories),
-CHANGES (row -> a function that changes batches), Probe: a class whose instance is called at every step of a run and ends
-with a dict `found`, which is stored as well; or TRAIN (row -> a function in the place of `train_row`, without these two). The results say with which versions, on what machine and by which command they
-were made. A lesson shows them, and trains one row anew.
+`measure(model, data)`, which returns numbers; each row is trained once for each seed, all rows on the same text in the same
+order. It may also have PLANS (row -> what it changes in the plan), SEEDS_OF (row -> other seeds), DATA (other text), tokenizer
+(a function that returns one, where none is to be trained), CHANGES (row -> a function that changes batches), Probe: a class
+whose instance is called at every step of a run and ends with a dict `found`, which is stored as well; or TRAIN (row -> a
+function in the place of `train_row`, without these two). The results say with which versions, on what machine and by which
+command they were made. A lesson shows them, and trains one row anew.
 """
 
 import importlib
@@ -84,10 +85,17 @@ def data_of(experiment: ModuleType) -> DataConfig:
     return getattr(experiment, "DATA", DATA)
 
 
+def data_for(experiment: ModuleType, folder: str | Path) -> Prepared:
+    """That text as tokens, in a folder."""
+    if hasattr(experiment, "tokenizer"):
+        return prepare(folder, data_of(experiment), tokenizer=experiment.tokenizer())
+    return prepare(folder, data_of(experiment), VOCABULARY)
+
+
 def _one(name: str, row: str, seed: int, folder: str) -> dict:
     torch.set_num_threads(1)
     experiment = importlib.import_module(f"{__name__}.{name}")
-    data = prepare(folder, data_of(experiment), VOCABULARY)
+    data = data_for(experiment, folder)
     probe = experiment.Probe() if hasattr(experiment, "Probe") else None
     usual = partial(train_row, probe=probe, change=getattr(experiment, "CHANGES", {}).get(row))
     train = getattr(experiment, "TRAIN", {}).get(row, usual)
@@ -103,7 +111,7 @@ def run(name: str) -> Path:
     jobs = [(row, seed) for row in experiment.ROWS for seed in seeds_of(experiment, row)]
     jobs.sort(key=lambda job: -plan_of(experiment, job[0]).steps * experiment.ROWS[job[0]].width)  # no core waits for a long last run
     with tempfile.TemporaryDirectory() as folder:
-        prepare(folder, data_of(experiment), VOCABULARY)
+        data_for(experiment, folder)
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
             futures = [pool.submit(_one, name, row, seed, folder) for row, seed in jobs]
             found = [future.result() for future in track(futures, name, unit="run")]
@@ -111,7 +119,8 @@ def run(name: str) -> Path:
     made = {"command": f"python -m minillm.course.experiments {name}", "torch": torch.__version__, "python": platform.python_version(),
             "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, one thread a run",
             "plan": {"steps": experiment.PLAN.steps, "batch_size": experiment.PLAN.batch_size, "context": experiment.CONTEXT,
-                     "lr": experiment.PLAN.lr, "data": f"{data_of(experiment).size:,} bytes of stories", "vocabulary": VOCABULARY}}
+                     "lr": experiment.PLAN.lr, "data": f"{data_of(experiment).size:,} bytes of {data_of(experiment).source}",
+                     "vocabulary": next(iter(experiment.ROWS.values())).vocab_size}}
     path = Path(__file__).with_name(f"{name}.json")
     write_atomically(path, _json({"made": made, "rows": rows}))
     return path

@@ -269,7 +269,7 @@ class ParallelConfig:
     bucket_mb: float = 25.0
     """MiB of gradients that travel together between data-parallel ranks."""
     engine: Literal["ours", "torch"] = "ours"
-    """What runs it: this package's code, or torch's DistributedDataParallel and DTensor. --engine is short for it."""
+    """What runs it: this package's code, or torch's DistributedDataParallel (with zero its FSDP2) and DTensor. --engine is short for it."""
 
     def __post_init__(self):
         """Refuse an axis without ranks, and buckets without room."""

@@ -54,7 +54,7 @@ class Engine:
     def __init__(self, model: ModelConfig | Transformer, train: TrainConfig, parallel: ParallelConfig = ParallelConfig(), *,
                  loss: Loss = next_token_loss, mesh: DeviceMesh | None = None):
         check_layout(model if isinstance(model, ModelConfig) else model.config, train, parallel, loss)
-        wanted = "zero" if parallel.zero and parallel.engine == "ours" else parallel.engine
+        wanted = {"ours": "zero", "torch": "fsdp"}[parallel.engine] if parallel.zero else parallel.engine
         if wanted != self.kind:
             raise ValueError(f"engine = {wanted!r}, and this is the engine {self.kind!r}: use build_engine of "
                              f"minillm/torch_engine.py, which chooses.")
@@ -63,9 +63,9 @@ class Engine:
         built = model if isinstance(model, Transformer) else Transformer(model, seed=train.seed)
         self.model = built.to(self.device)
         self.partial = any(not weight.requires_grad for weight in self.model.parameters())  # a part of it is frozen
-        if self.partial and (parallel.tp > 1 or parallel.pp > 1 or parallel.zero == 3):
+        if self.partial and (parallel.tp > 1 or parallel.pp > 1 or parallel.zero == 3 or wanted == "fsdp"):
             raise ValueError(f"tp = {parallel.tp}, pp = {parallel.pp}, zero = {parallel.zero} with frozen weights: what was added to a "
-                             f"model is not cut with it. Use dp alone, with zero = 2 at most.")
+                             f"model is not cut with it. Use dp alone, with zero = 2 of our engine at most.")
         self.group, self.rank, self.ranks = None, 0, 1  # of the data axis
         self.tensor_group, self.pipe_group, self.first, self.world = None, None, True, 1
         if parallel.world_size > 1:

@@ -6,7 +6,8 @@ a run can change from one engine to the other at any checkpoint.
 DDP knows plain tensors only, and fused optimizers do not mix them with DTensors. So the model keeps its parts as plain
 parameters, and each forward sees DTensors made of them, which share their memory (`Placed`).
 Differs from ours: uneven parts are torch.chunk's (the last ranks have less). Left out: KV heads that several ranks hold, which
-DTensor cannot place; float32 masters over several ranks, since DDP sums the 16-bit gradients; FSDP2, which comes with ZeRO.
+DTensor cannot place; float32 masters over several ranks, since DDP sums the 16-bit gradients. With zero it is FSDP2 that
+runs: fsdp_engine.py.
 """
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minillm.config import ModelConfig, ParallelConfig, TrainConfig
 from minillm.data.loader import Batch
 from minillm.engine import Engine
+from minillm.fsdp_engine import FsdpEngine
 from minillm.model.sharding import sharding_table
 from minillm.model.transformer import Transformer
 from minillm.parallel.tensor_parallel import Part, Table, split_of, sum_gradient, vocabulary_log_z
@@ -32,8 +34,8 @@ from minillm.zero_engine import ZeroEngine
 def build_engine(model: ModelConfig | Transformer, train: TrainConfig, parallel: ParallelConfig = ParallelConfig(),
                  **options) -> Engine:
     """The engine that the layout names: ours, with ZeRO or without, or torch's. Arguments and errors as of `Engine`."""
-    kind = TorchEngine if parallel.engine == "torch" else ZeroEngine if parallel.zero else Engine
-    return kind(model, train, parallel, **options)
+    kinds = {"ours": (Engine, ZeroEngine), "torch": (TorchEngine, FsdpEngine)}
+    return kinds[parallel.engine][parallel.zero > 0](model, train, parallel, **options)
 
 
 class TorchEngine(Engine):
@@ -177,11 +179,9 @@ def check_torch_layout(model: ModelConfig, train: TrainConfig, parallel: Paralle
     way_out = "or --parallel.engine ours, which can."
     if others := [f"{axis} = {size}" for axis, size in parallel.axes.items() if axis not in ("dp", "tp")]:
         raise ValueError(f"engine = 'torch' with {', '.join(others)}: it has the axes dp and tp. Leave the others out, {way_out}")
-    if parallel.world_size > 1 and train.master_weights:
+    if parallel.world_size > 1 and train.master_weights and not parallel.zero:
         raise ValueError(f"engine = 'torch' on {parallel.world_size} ranks with master_weights: DDP sums the 16-bit gradients, not "
-                         f"their float32 copies. Leave master_weights out, {way_out}")
-    if parallel.zero:
-        raise ValueError(f"engine = 'torch' with zero = {parallel.zero}: DDP holds everything. Use zero = 0, {way_out}")
+                         f"their float32 copies. Leave master_weights out, use zero = 2 or 3, {way_out}")
     if model.kv_size % parallel.tp:
         raise ValueError(f"engine = 'torch' with tp = {parallel.tp} and {model.kv_size} KV heads: a DTensor has no way to put a head "
                          f"on several ranks. Use a tp that divides {model.kv_size}, {way_out}")

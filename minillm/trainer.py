@@ -9,7 +9,7 @@ signal to one of them stops all after the same step.
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minillm.config import ParallelConfig, TrainConfig
-from minillm.data.loader import Loader, evaluation_batches
+from minillm.data.loader import Batch, Loader, evaluation_batches
 from minillm.data.shards import TokenShards
 from minillm.engine import Engine
 from minillm.model.huggingface import CheckpointError, load_pretrained
@@ -41,13 +41,14 @@ class TrainingError(RuntimeError):
 class Trainer:
     """Drives an engine over a loader.
 
+    validation: token shards, or batches that are measured as they are (conversations, say).
     at: functions of the whole model to call after certain steps (0 is before the first), which return values for the
     metrics file.
     peak: floating-point operations a second that a rank's device could do; then the model's share of them (MFU) is told, too.
     save_model: writes an adapter's files to a checkpoint, instead of the whole model.
     """
 
-    def __init__(self, engine: Engine, loader: Loader, validation: TokenShards, run: str | Path, *,
+    def __init__(self, engine: Engine, loader: Loader, validation: TokenShards | Sequence[Batch], run: str | Path, *,
                  tokenizer=None, tensorboard: bool = False,
                  at: dict[int, Callable[[Transformer], dict]] | None = None, peak: float | None = None,
                  save_model: Callable[[Transformer, Path], None] | None = None):
@@ -151,15 +152,17 @@ class Trainer:
         return found
 
     def evaluate(self, sequences: int | None = None) -> dict:
-        """Validation loss in nats a token, and over the whole set (None) in bits a byte of its text too."""
+        """Validation loss in nats a token, and over the whole set (None) in bits a byte of its text too, where it is one."""
         nats, count = 0.0, 0
         size = self.config.microbatch_size or self.config.batch_size
         most = None if sequences is None else -(-sequences // size)
-        for batch in islice(evaluation_batches(self.validation, size, self.loader.context), most):
+        is_text = isinstance(self.validation, TokenShards)
+        batches = evaluation_batches(self.validation, size, self.loader.context) if is_text else self.validation
+        for batch in islice(batches, most):
             share = batch.part(self.engine.rank, self.engine.ranks)
             nats, count = nats + self.engine.evaluate(share), count + batch.count
         found = {"val_loss": nats / count, "val_tokens": count}
-        if sequences is None:
+        if sequences is None and is_text:
             found["val_bits_per_byte"] = bits_per_byte(nats, self.validation.bytes)
         return found
 

@@ -4,7 +4,8 @@ zero = 2 the gradients too, zero = 3 the weights too (minillm/parallel/zero1.py 
 What is saved is dense, as everywhere, so a run can change its stage, or leave ZeRO, at any checkpoint.
 Differs from engine.py: what the optimizer sees are pieces, of which each data-parallel rank has other ones, so norms are summed
 over those ranks, too. With precision in 16 bits and no master_weights, products are cast by autocast, whose copies of the
-weights stay until backward: zero = 3 then saves less. Left out: torch's FSDP2 as an engine; `--engine torch` has no ZeRO.
+weights stay until backward: zero = 3 then saves less. `--engine torch` does 2 and 3 by FSDP2:
+minillm/fsdp_engine.py.
 """
 
 from dataclasses import replace
@@ -37,8 +38,8 @@ class ZeroEngine(Engine):
         self.config = train
 
     def evaluate(self, batch: Batch) -> float:
-        """As Engine's. With zero = 3 every rank has to run the model, one without rows for a row without targets."""
-        if self.parallel.zero == 3 and not len(batch.ids):
+        """As Engine's. Where weights come and go every rank has to run the model, one without rows for a row without targets."""
+        if not (self.zero.shared or len(batch.ids)):
             batch = Batch(batch.ids.new_zeros(1, batch.ids.shape[1]), batch.targets.new_full((1, batch.ids.shape[1]), IGNORED))
         return super().evaluate(batch)
 
@@ -59,8 +60,8 @@ class ZeroEngine(Engine):
         return updated
 
     def whole_model(self) -> Transformer:
-        """As Engine's; with zero = 3 always a dense copy."""
-        if self.parallel.zero < 3 and not (self.tensor_group or self.pipe_group):
+        """As Engine's; where weights come and go always a dense copy."""
+        if self.zero.shared and not (self.tensor_group or self.pipe_group):
             return self.model
         dense = {name: weight.to(self._narrow or weight.dtype) for name, weight in self.gather(self.zero.pieces).items()}
         whole = Transformer(self.model.config, device="meta")
@@ -103,14 +104,18 @@ class ZeroEngine(Engine):
 
 def check_zero(train: TrainConfig, parallel: ParallelConfig) -> None:
     """Refuse what ZeRO cannot do, or what would make no sense. Raises: ValueError that says what would work."""
-    stage = parallel.zero
+    stage, torchs = parallel.zero, parallel.engine == "torch"
+    moving = stage == 3 or torchs  # weights come and go
     refused = {
+        "engine = 'torch'": (torchs and stage == 1, "FSDP2 shares out the gradients, too. Use zero = 2"),
+        f"engine = 'torch' and tp = {parallel.tp}": (torchs and parallel.tp > 1, "its DTensors are cut along one axis. Use "
+                                                     "--parallel.engine ours"),
         f"optimizer = {train.optimizer!r}": (train.optimizer in ("muon", "adafactor"), "it looks at whole matrices, and a rank has some "
                                              "of the elements. Use \"fused\""),
         f"pp = {parallel.pp}": (parallel.pp > 1 and stage > 1, "each of the microbatches on their way would send its gradients, and with 3 "
                                 "gather the weights. Use zero = 1"),
-        "compile": (train.compile and stage == 3, "weights come and go between blocks. Leave it out"),
-        "precision = 'fp8'": (train.precision == "fp8" and stage == 3, "it has to know the head, which comes and goes. Use \"bf16\""),
+        "compile": (train.compile and moving, "weights come and go between blocks. Leave it out"),
+        "precision = 'fp8'": (train.precision == "fp8" and moving, "it has to know the head, which comes and goes. Use \"bf16\""),
     }
     for what, (asked, why) in refused.items():
         if asked:

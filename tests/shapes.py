@@ -8,6 +8,7 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
-PARTS = ("data", "nn", "model", "train", "parallel", "infer", "peft", "plan", "layout", "engine", "zero_engine", "torch_engine", "trainer")
+PARTS = ("data", "nn", "model", "train", "parallel", "infer", "peft", "plan", "layout", "engine", "zero_engine", "fsdp_engine",
+         "torch_engine", "trainer", "align")
 install_import_hook([f"minillm.{part}" for part in PARTS],
                     "shapes.checked")

@@ -48,9 +48,10 @@ def trained(model, plan, parallel=ParallelConfig(), wide=True, steps=10):
             "model": on_cpu(engine.whole_model().state_dict()), "held": sum(w.numel() for w in engine.weights.values())}
 
 
-def resumed(model, plan, source, parallel=ParallelConfig()):
+def resumed(model, plan, source, parallel=ParallelConfig(), wide=True):
     """The losses after the state and weights of another layout were loaded."""
-    engine = build_engine(Transformer(model, seed=9).double(), plan, parallel)
+    fresh = Transformer(model, seed=9)
+    engine = build_engine(fresh.double() if wide else fresh, plan, parallel)
     engine.load_weights(source["model"])
     engine.load_state_dict(source["state"])
     return engine.steps_done, [take_step(engine, step)[0] for step in (11, 12)]

@@ -23,6 +23,7 @@ MODEL = replace(TINY, layers=3, tied=True, norm="layer", bias=("qkv", "out", "ml
 BASE = replace(PLAN, batch_size=8, microbatch_size=2, lr=1e-2, clip_norm=0.1)
 NARROW = {"bf16": replace(BASE, precision="bf16"), "bf16 + masters": replace(BASE, precision="bf16", master_weights=True),
           "fp16 + masters": replace(BASE, precision="fp16", master_weights=True)}
+MASTERS = "bf16 + masters"
 LAYOUTS = {2: [dict(zero=1), dict(zero=2), dict(zero=3)],
            4: [dict(tp=2, zero=1), dict(pp=2, zero=1), dict(tp=2, sequence_parallel=True, zero=3)],
            8: [dict(tp=2, pp=2, zero=1)]}
@@ -47,7 +48,7 @@ def overflow_on_one_rank(me, parallel):
     return found
 
 
-def everything(me, layouts, dense):
+def everything(me, layouts, dense, narrow):
     found = []
     for layout in layouts:
         parallel = ParallelConfig(dp=2, **layout, bucket_mb=0.01)
@@ -56,6 +57,7 @@ def everything(me, layouts, dense):
                       "overflow": overflow_on_one_rank(me, parallel)})
         if me.size == 2:
             found[-1]["narrow"] = {name: trained(MODEL, plan, parallel, wide=False) for name, plan in NARROW.items()}
+            found[-1]["narrow resumed"] = resumed(MODEL, NARROW[MASTERS], narrow, parallel, wide=False)
     return found if me.rank in (0, me.size - 1) else None
 
 
@@ -64,10 +66,15 @@ def dense():
     return trained(MODEL, BASE)
 
 
+@pytest.fixture(scope="module")
+def narrow():
+    return trained(MODEL, NARROW[MASTERS], wide=False)
+
+
 @pytest.fixture(scope="module", params=[2, 4, pytest.param(8, marks=pytest.mark.slow)])
-def results(request, dense):
+def results(request, dense, narrow):
     """Of the first and the last rank, for each layout."""
-    found = launch(everything, request.param, LAYOUTS[request.param], dense, backend="gloo", timeout=100)
+    found = launch(everything, request.param, LAYOUTS[request.param], dense, narrow, backend="gloo", timeout=100)
     return [*found[0], *found[-1]]
 
 
@@ -105,6 +112,13 @@ def test_in_16_bits_it_stays_close_to_one_process(results):
             assert ours["losses"] == pytest.approx(wanted["losses"], rel=5e-3)
             assert ours["state"].keys() == wanted["state"].keys() and ours["weights"]["embed.weight"].dtype == torch.float32
             assert ours["model"]["embed.weight"].dtype == wanted["model"]["embed.weight"].dtype
+
+
+def test_master_weights_go_on(results, narrow):
+    wanted = resumed(MODEL, NARROW[MASTERS], narrow, wide=False)
+    for rank in results:
+        if "narrow resumed" in rank:
+            assert rank["narrow resumed"] == (10, pytest.approx(wanted[1], rel=5e-3))  # as above
 
 
 def test_all_ranks_skip_the_same_steps(results):
@@ -160,5 +174,3 @@ def test_configurations_that_make_no_sense():
         ParallelConfig(dp=2, zero=4)
     with pytest.raises(ValueError, match="engine = 'zero', and this is the engine 'ours': use build_engine"):
         Engine(MODEL, BASE, ParallelConfig(dp=2, zero=1))
-    with pytest.raises(ValueError, match="engine = 'torch' with zero = 1: DDP holds everything"):
-        build_engine(MODEL, BASE, ParallelConfig(dp=2, zero=1, engine="torch"))

@@ -205,7 +205,9 @@ def test_every_family_that_torch_can_split(degrees, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["--engine", "torch", "--parallel.tp", "2"], ["--parallel.engine", "torch", "--parallel.dp", "2", "--train.compile"]])
+@pytest.mark.parametrize("words", [["--engine", "torch", "--parallel.tp", "2"],
+                                   ["--parallel.engine", "torch", "--parallel.dp", "2", "--train.compile"],
+                                   ["--engine", "torch", "--parallel.dp", "2", "--parallel.zero", "3"]])
 def test_under_torchrun(tmp_path, words):
     code, _, err = ended(start(*TRAIN, "--out", tmp_path / "alone"))
     assert code == 0, err

@@ -1,1 +1,1 @@
-"""From text to batches: corpora, duplicates, token shards, packing, the loader."""
+"""From text to batches: corpora, duplicates, token shards, packing, the loader; tasks and instructions."""

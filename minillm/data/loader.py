@@ -42,13 +42,17 @@ class Batch:
         """Microbatches of `size` sequences."""
         return [self._map(lambda tensor: tensor[i:i + size]) for i in range(0, len(self.ids), size)]
 
+    def take(self, rows: Int[Tensor, "N"]) -> "Batch":
+        """Some of the rows, by their numbers."""
+        return self._map(lambda tensor: tensor[rows])
+
     def part(self, rank: int, ranks: int) -> "Batch":
         """One rank's rows, as even as it goes: the first ranks have one more, and the last may have none."""
         return self if ranks == 1 else self._map(lambda tensor: tensor.tensor_split(ranks)[rank])
 
     def _map(self, change) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return type(self)(**{name: None if value is None else change(value) for name, value in values.items()})
+        return type(self)(**{name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()})
 
 
 class Loader:
@@ -87,18 +91,22 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self.taken == self.batches_per_epoch:
-            self.epoch, self.taken = self.epoch + 1, 0
-        share = self.batch_size // self.ranks
-        start = self.taken * self.batch_size + self.rank * share
-        windows = self._permutation()[start:start + share]
-        self.taken += 1
+        windows = self._next_windows()
         spans = torch.from_numpy(np.stack([self.shards[w * self.context:(w + 1) * self.context + 1] for w in windows]))
         ids, targets = spans[:, :-1].contiguous(), spans[:, 1:].contiguous()
         if self.end_of_text is None:
             return Batch(ids, targets)
         segment_ids, positions = segments(ids, self.end_of_text)
         return Batch(ids, targets, positions, segment_ids)
+
+    def _next_windows(self) -> np.ndarray:
+        """The numbers of this rank's next windows; the position moves on."""
+        if self.taken == self.batches_per_epoch:
+            self.epoch, self.taken = self.epoch + 1, 0
+        share = self.batch_size // self.ranks
+        start = self.taken * self.batch_size + self.rank * share
+        self.taken += 1
+        return self._permutation()[start:start + share]
 
     def state_dict(self) -> dict[str, int]:
         """The position: enough, with the same arguments, to go on exactly here."""

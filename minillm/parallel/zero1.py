@@ -282,6 +282,8 @@ class Zero1:
         for flat in self.flats:
             wait(self._publish(flat))
 
+    write_back = publish  # as `MasterWeights` calls it
+
     def _split(self, bucket_bytes: int) -> Iterable[dict[str, nn.Parameter]]:
         """What goes into each flat tensor: trained weights, those first whose gradients come first."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

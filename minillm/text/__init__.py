@@ -1,1 +1,1 @@
-"""From text to token ids and back: cleaning, byte-level BPE, and the file formats around it."""
+"""From text to token ids and back: cleaning, byte-level BPE, the file formats around it, and chat templates."""

@@ -20,6 +20,12 @@ def cross_entropy(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
+def token_log_probs(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """ln p(target) for each target, 0 where it is -100: the cross-entropy before it is added up, with the sign turned."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(wide.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+
+
 def next_token_loss(logits: Float[Tensor, "B T V"], batch) -> Float[Tensor, ""]:
     """The pretraining loss of a batch: the sum over its targets, which the engine divides by `batch.count`."""
     return cross_entropy(logits, batch.targets)

@@ -13,7 +13,7 @@ Complaints = list[tuple[int, str]]
 
 # A module may import from its own package and from the layers before it.
 LAYERS = [{"progress", "files", "config"}, {"text", "kernels"}, {"data", "nn"}, {"model"}, {"train"}, {"parallel"},
-          {"infer", "peft", "plan"}, {"layout"}, {"engine"}, {"zero_engine"}, {"torch_engine"}, {"trainer"}, {"align"}, {"course"}, {"cli"}, {"__main__", "__init__"}]
+          {"infer", "peft", "plan"}, {"layout"}, {"engine"}, {"zero_engine"}, {"fsdp_engine"}, {"torch_engine"}, {"trainer"}, {"align"}, {"course"}, {"cli"}, {"__main__", "__init__"}]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SPEAKING = ("cli.py", "course/commands.py", "course/finetune.py", "course/first_run.py")  # the files that may print
 FILE_LINES, FUNCTION_LINES = 400, 60

@@ -195,7 +195,7 @@ def test_a_run_goes_on_from_an_adapter_s_checkpoint(tmp_path, data):
         Engine(other.model, PLAN).load_state_dict(again.engine.state_dict())
 
 
-@pytest.mark.parametrize("layout", [dict(tp=2), dict(pp=2), dict(dp=2, zero=3)])
+@pytest.mark.parametrize("layout", [dict(tp=2), dict(pp=2), dict(dp=2, zero=3), dict(engine="torch", dp=2, zero=2)])
 def test_layouts_that_cut_the_model_are_refused(layout):
     name, size = list(layout.items())[-1]
     with pytest.raises(ValueError, match=f"{name} = {size}.* with frozen weights: what was added to a model is not cut"):

@@ -1,0 +1,1 @@
+"""From a model that writes on to one that answers: instructions, preferences, rewards."""

@@ -1,0 +1,99 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from answers import ACCUMULATED, MODEL, PLAN, TEMPLATE, TOKENIZER, pairs
+
+from minillm.align.pairs import pair_batch
+from minillm.align.reward import Scorer, preference_accuracy, final_scores, ranking_loss, reward_loss, scores_of
+from minillm.engine import Engine
+from minillm.model.transformer import Transformer
+
+
+def test_the_loss_by_hand():
+    assert ranking_loss(torch.zeros(1, 2)).tolist() == pytest.approx([math.log(2)])
+    found = ranking_loss(torch.tensor([[2.0, 1.0, -1.0]]))  # gaps 1, 3, 2
+    assert found.item() == pytest.approx(sum(math.log(1 + math.exp(-gap)) for gap in (1, 3, 2)) / 3, rel=1e-6)
+    with pytest.raises(ValueError, match="1 answer to a prompt"):
+        ranking_loss(torch.zeros(3, 1))
+
+
+def test_the_loss_is_trls_for_pairs_and_its_gradient_that_of_finite_differences():
+    """trl's RewardTrainer: -logsigmoid(rewards_chosen - rewards_rejected).mean(), written out; trl is not installed."""
+    rewards = torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    theirs = -torch.log(1 / (1 + torch.exp(-(rewards[:, 0] - rewards[:, 1])))).mean()
+    torch.testing.assert_close(ranking_loss(rewards).mean(), theirs, rtol=1e-12, atol=0)  # float64
+    assert torch.autograd.gradcheck(lambda x: ranking_loss(x.view(3, 4)), rewards)
+
+
+def scorer():
+    """With a head that is not zero, so that something can be seen."""
+    made = Scorer.of(Transformer(MODEL, seed=2))
+    torch.nn.init.normal_(made.head.weight, generator=torch.Generator().manual_seed(1))
+    return made
+
+
+def test_a_scorer_copies_the_body_and_begins_at_zero():
+    model = Transformer(replace(MODEL, tied=True), seed=2)
+    made, batch = Scorer.of(model), pair_batch(TEMPLATE, TOKENIZER, pairs(3))
+    assert (scores_of(made, batch) == 0).all() and made.head.weight.shape == (1, 32)
+    for name, weight in model.state_dict().items():
+        if name != "head.weight":
+            assert torch.equal(made.state_dict()[name], weight)
+    assert made.embed.weight.data_ptr() != model.embed.weight.data_ptr()
+
+
+def test_the_score_is_read_where_the_answers_end_token_was_read():
+    model, batch = scorer(), pair_batch(TEMPLATE, TOKENIZER, pairs(4))
+    end, answer = TOKENIZER.special_tokens["<|end|>"], TOKENIZER.special_tokens["<|assistant|>"]
+    found = scores_of(model, batch)
+    for row, score in zip(batch.ids.tolist(), found, strict=True):
+        place = row.index(end, row.index(answer))
+        alone = model(torch.tensor([row[:place + 1]]))[0, -1, 0]  # no padding, and nothing after the end
+        torch.testing.assert_close(score, alone, rtol=1e-4, atol=1e-5)  # float32, other sizes of matrices
+    assert final_scores(torch.ones(8, batch.ids.shape[1], 1), batch).tolist() == [1.0] * 8
+
+
+def test_pairs_stay_together_in_microbatches_and_shares():
+    batch = pair_batch(TEMPLATE, TOKENIZER, pairs(5))
+    assert batch.count == 5 and [len(part.ids) for part in batch.split(4)] == [4, 4, 2]
+    assert [batch.part(rank, 4).count for rank in range(4)] == [2, 1, 1, 1]
+    assert torch.equal(torch.cat([batch.part(rank, 4).ids for rank in range(4)]), batch.ids)
+    with pytest.raises(ValueError, match="microbatches of 3 rows would cut groups of 2"):
+        batch.split(3)
+
+
+def test_accumulated_gradients_are_those_of_the_whole():
+    batch, found = pair_batch(TEMPLATE, TOKENIZER, pairs(4)), []
+    for plan in (PLAN, ACCUMULATED):
+        engine = Engine(scorer().double(), plan, loss=reward_loss)
+        found.append((engine.forward_backward(batch).item(), [weight.grad for weight in engine.weights.values()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)  # added up in float32
+    for whole, parts in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-12)  # float64, another order of summation
+    with torch.no_grad():
+        wanted = ranking_loss(scores_of(scorer(), batch).view(4, 2)).mean()
+        assert found[0][0] == pytest.approx(wanted.item(), rel=1e-4)  # float32
+
+
+def test_it_learns_which_answers_are_preferred_and_is_right_about_new_ones():
+    """Only a number against the same number in a sentence: a model this small learns style in seconds, and no arithmetic.
+
+    The rule prefers the number, and one label of eight is noise, in training as in the new pairs.
+    """
+    def styles(count, seed, split):
+        return [pair for pair in pairs(8 * count, seed, split)
+                if f"The answer is {pair.chosen}." == pair.rejected or f"The answer is {pair.rejected}." == pair.chosen][:count]
+
+    batch, new = (pair_batch(TEMPLATE, TOKENIZER, styles(*which)) for which in ((160, 0, "train"), (160, 1, "test")))
+    model = Scorer.of(Transformer(MODEL, seed=2))
+    engine = Engine(model, PLAN, loss=reward_loss)
+    assert preference_accuracy(model, new) == 0.0 and engine.evaluate(new) / new.count == pytest.approx(math.log(2), rel=1e-5)
+    for step in range(40):
+        engine.forward_backward(batch.take(torch.arange(32) + 32 * (step % 10)))
+        engine.clip(1.0)
+        engine.step()
+    best = sum(pair.probability > 0.5 for pair in styles(160, 1, "test")) / 160  # what knowing the rule would give
+    assert 0.8 < best < 0.95
+    assert preference_accuracy(model, new) == pytest.approx(best, abs=0.02)  # three pairs of 160

@@ -108,7 +108,9 @@ class FileFlat(HostFlat):
     def _map(self, what: str, like: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
         """A tensor in a file, which is made with these numbers the first time."""
         if what not in self._maps:
-            with open(f"{self._path}-{what}-rank{self.rank}", "wb+") as file:
+            path = Path(f"{self._path}-{what}-rank{self.rank}")
+            path.unlink(missing_ok=True)  # another one's map of the old file lives on; cutting the file itself would crash it
+            with path.open("wb+") as file:
                 file.write(like.numpy().data)
                 file.flush()  # a full disk is an error here; a page that finds no room later would be a crash
                 memory = mmap.mmap(file.fileno(), like.nbytes)

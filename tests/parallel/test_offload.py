@@ -155,3 +155,15 @@ def test_states_in_files_train_where_memory_has_no_room_for_them():
     said = json.loads(done.stdout.splitlines()[-1])
     assert "can't allocate memory" in said["whole"]
     assert said["infinity"] == sixteen_bits("whole")  # to the last bit: the same operations on the same numbers
+
+
+def test_two_models_in_one_folder_do_not_crash_each_other(tmp_path):
+    """The second takes the files' names; the first goes on with its own, which have none any more."""
+    zeros = [Infinity(net(), None, tmp_path, bucket_bytes=400) for _ in range(2)]
+    for zero in zeros:
+        optimizer = zero.build_optimizer(PLAN)
+        loss_of(zero.model, 0).backward()
+        zero.finish()
+        zero.step(optimizer)
+    for mine, other in zip(zeros[0].model.parameters(), zeros[1].model.parameters(), strict=True):
+        assert torch.equal(mine, other) and not torch.equal(mine, torch.zeros_like(mine))

@@ -80,16 +80,22 @@ def test_nothing_in_exercises_is_without_a_source():
     assert {p.name for p in (ROOT / "exercises").glob("*.ipynb")} == {p.name for p in (ROOT / "solutions").glob("*.ipynb")}
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_every_mutant_is_caught_and_named(name):
+def _seeds():
+    """Each exercise with three seeds; where ranks have to be started, two of them are for make test-all."""
+    for name, exercise in EVERY.items():
+        slow = any(test.ranks > 1 for test in exercise.tests)
+        yield from (pytest.param(name, seed, marks=[pytest.mark.slow] * (slow and seed > 0)) for seed in range(3))
+
+
+@pytest.mark.parametrize(("name", "seed"), _seeds())
+def test_every_mutant_is_caught_and_named(name, seed):
     exercise = EVERY[name]
     assert len(exercise.mutants) >= 2
     for mutant in exercise.mutants:
-        for seed in range(3):
-            report = check(name, mutant.function, seed=seed)
-            wrong = [r for r in report.results if r.wrong]
-            assert wrong, f"not caught: {mutant.says}"
-            assert mutant.says in [r.mistake for r in wrong], f"not named: {mutant.says}; said {[r.mistake for r in wrong]}"
+        report = check(name, mutant.function, seed=seed)
+        wrong = [r for r in report.results if r.wrong]
+        assert wrong, f"not caught: {mutant.says}"
+        assert mutant.says in [r.mistake for r in wrong], f"not named: {mutant.says}; said {[r.mistake for r in wrong]}"
 
 
 @pytest.mark.parametrize("name", EVERY)

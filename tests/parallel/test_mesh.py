@@ -85,6 +85,6 @@ def test_a_mesh_from_the_configuration():
     def names(me):
         mesh = build_mesh(ParallelConfig(dp=2))
         return mesh.mesh_dim_names, mesh.size()
-    assert launch(names, 2) == [(("dp", "tp"), 2)] * 2
+    assert launch(names, 2) == [(("pp", "dp", "tp"), 2)] * 2
     with pytest.raises(RuntimeError, match="a mesh needs a world of ranks"):
         build_mesh(dp=2)

@@ -87,7 +87,7 @@ def _seeds():
         yield from (pytest.param(name, seed, marks=[pytest.mark.slow] * (slow and seed > 0)) for seed in range(3))
 
 
-@pytest.mark.parametrize(("name", "seed"), _seeds())
+@pytest.mark.parametrize(("name", "seed"), list(_seeds()))
 def test_every_mutant_is_caught_and_named(name, seed):
     exercise = EVERY[name]
     assert len(exercise.mutants) >= 2

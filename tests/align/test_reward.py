@@ -7,6 +7,7 @@ from answers import ACCUMULATED, MODEL, PLAN, TEMPLATE, TOKENIZER, pairs
 
 from minillm.align.pairs import pair_batch
 from minillm.align.reward import Scorer, preference_accuracy, final_scores, ranking_loss, reward_loss, scores_of
+from minillm.data.instructions import in_a_sentence
 from minillm.engine import Engine
 from minillm.model.transformer import Transformer
 
@@ -84,7 +85,7 @@ def test_it_learns_which_answers_are_preferred_and_is_right_about_new_ones():
     """
     def styles(count, seed, split):
         return [pair for pair in pairs(8 * count, seed, split)
-                if f"The answer is {pair.chosen}." == pair.rejected or f"The answer is {pair.rejected}." == pair.chosen][:count]
+                if in_a_sentence(pair.chosen) == pair.rejected or in_a_sentence(pair.rejected) == pair.chosen][:count]
 
     batch, new = (pair_batch(TEMPLATE, TOKENIZER, styles(*which)) for which in ((160, 0, "train"), (160, 1, "test")))
     model = Scorer.of(Transformer(MODEL, seed=2))

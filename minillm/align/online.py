@@ -34,7 +34,7 @@ Reward = Callable[[Sequence[Any], Rollouts], Tensor]
 class OnlineConfig:
     """How a policy learns from rewards for its own answers."""
 
-    rounds: int = 30
+    rounds: int = 12
     """How often it is asked, and improved."""
     prompts: int = 64
     """Prompts of a round, over all ranks."""
@@ -44,7 +44,7 @@ class OnlineConfig:
     """Passes over a round's answers, in minibatches of --policy.batch-size."""
     max_new_tokens: int = 16
     """Where an answer is cut off."""
-    beta: float = 0.05
+    beta: float = 0.1
     """What a nat of distance from the reference costs; PPO takes it off the reward, GRPO adds it to the loss."""
     target_kl: float | None = None
     """PPO: steer beta so that an answer's KL comes to this many nats; None leaves it."""
@@ -133,7 +133,7 @@ class Online:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that going on needs beside the policy's weights; every rank with a part in it (`policy.saves`) must ask."""
-        tensors = self.policy.state_dict() | {"rounds_done": torch.tensor(self.rounds_done), "beta": torch.tensor(self.beta.beta)}
+        tensors = self.policy.state_dict() | {"rounds_done": torch.tensor(self.rounds_done), "beta": torch.tensor(self.beta.beta, dtype=torch.float64)}
         if self.critic:
             tensors |= {f"critic.{name}": value for name, value in self.critic.state_dict().items()}
             tensors |= {f"critic:{name}": value.detach().cpu().clone() for name, value in self.critic.whole_model().state_dict().items()}
@@ -178,6 +178,7 @@ class _Clock:
         self.last, self.laps = time.perf_counter(), {}
 
     def lap(self, part: str) -> None:
+        """The part that ends now."""
         now = time.perf_counter()
         self.laps[f"seconds_{part}"], self.last = round(now - self.last, 4), now
 

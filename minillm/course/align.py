@@ -38,7 +38,9 @@ class Align:
     """Conversations to be tuned on."""
     wordy: float = 0.25
     """Share of the demonstrations that answer in a sentence."""
-    context: int = 64
+    told: float = 0.03
+    """Share of the demonstrations that tell the beginning of a story, so that the model does not forget how."""
+    context: int = 128
     """Tokens in a row of packed conversations; longer ones are left out."""
     pairs: int = 2_048
     """Comparisons for the reward model, or for dpo."""
@@ -47,12 +49,12 @@ class Align:
     max_new_tokens: int = 16
     """Where an answer is cut off."""
     sft: TrainConfig = field(default_factory=lambda: TrainConfig(
-        steps=600, batch_size=32, lr=1e-2, optimizer="muon", eval_every=100, checkpoint_every=200, **QUIET))
+        steps=600, batch_size=16, lr=1e-2, optimizer="muon", eval_every=100, checkpoint_every=200, **QUIET))
     reward: TrainConfig = field(default_factory=lambda: TrainConfig(
-        steps=120, batch_size=64, lr=1e-3, warmup_steps=10, eval_every=40, checkpoint_every=60, **QUIET))
+        steps=60, batch_size=64, lr=5e-3, optimizer="muon", warmup_steps=10, eval_every=20, checkpoint_every=20, **QUIET))
     dpo: TrainConfig = field(default_factory=lambda: TrainConfig(
-        steps=60, batch_size=64, lr=3e-4, warmup_steps=10, eval_every=20, checkpoint_every=30, **QUIET))
-    policy: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=64, lr=3e-4, warmup_steps=5, checkpoint_every=10, **QUIET))
+        steps=60, batch_size=64, lr=5e-5, warmup_steps=10, eval_every=20, checkpoint_every=20, **QUIET))
+    policy: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=64, lr=5e-5, warmup_steps=5, checkpoint_every=4, **QUIET))
     """ppo, grpo: how the policy is trained; steps follow from the rounds."""
     critic: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=64, lr=1e-3, warmup_steps=5, **QUIET))
     """ppo: how the critic is trained."""

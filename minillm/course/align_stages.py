@@ -70,7 +70,7 @@ def tune(shop: Workshop, base: Path, talk: Callable[[Transformer], dict]) -> boo
     """Instruction tuning. talk: asked at three points of the training, so that one sees it learn."""
     request, context = shop.request, shop.request.context
     seed = request.seed * 1_000 + TRAIN
-    told = {split: demonstrations(seed, split, request.kinds, request.wordy) for split in ("train", "test")}
+    told = {split: demonstrations(seed, split, request.kinds, request.wordy, request.told) for split in ("train", "test")}
     rows = {split: [row for row in (render(shop.template, shop.tokenizer, messages) for messages in islice(told[split], count))
                     if len(row.ids) - 1 <= context] for split, count in (("train", request.demonstrations), ("test", 256))}
     engine = build_engine(load_pretrained(base), request.sft, request.parallel)

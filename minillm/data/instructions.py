@@ -81,9 +81,19 @@ def _sort(draw: Draw) -> Instruction:
     return Instruction("sort", question, " ".join(map(str, ascending)), str(ascending))
 
 
-def _reverse(draw: Draw) -> Instruction:
+def _words(draw: Draw) -> list[str]:
+    """Two to four different words of the stories, in random order."""
     words = [_pick(grammar().rules[rule].options, draw).fields[""] for rule in ("hue", "size", "landmark", "home_kind")]
-    words = sorted(words[:2 + int(draw() * 3)], key=lambda _: draw())
+    return sorted(words[:2 + int(draw() * 3)], key=lambda _: draw())
+
+
+def _repeat(draw: Draw) -> Instruction:
+    words = _words(draw)
+    return Instruction("repeat", f"Say: {' '.join(words)}", " ".join(words), " ".join(sorted(words)))
+
+
+def _reverse(draw: Draw) -> Instruction:
+    words = _words(draw)
     text = " ".join(words)
     question = _pick((f"Reverse: {text}", f"Write backwards, word by word: {text}"), draw)
     return Instruction("reverse", question, " ".join(reversed(words)), " ".join(sorted(words)))
@@ -99,7 +109,8 @@ def _story(draw: Draw) -> Instruction:
             return Instruction("story", _pick((f"{text}\n{asked}", f"Read: {text}\n{asked}"), draw), story.facts[fact], text)
 
 
-KINDS: dict[str, Callable[[Draw], Instruction]] = {"sum": _sum, "add": _add, "sort": _sort, "reverse": _reverse, "story": _story}
+KINDS: dict[str, Callable[[Draw], Instruction]] = {"sum": _sum, "add": _add, "sort": _sort, "reverse": _reverse, "repeat": _repeat,
+                                                       "story": _story}
 """What makes one instruction of each kind from random draws; add is sum without differences, and of the same facts."""
 
 ALL = ("sum", "sort", "reverse", "story")
@@ -133,14 +144,19 @@ def in_a_sentence(answer: str) -> str:
     return f"It is {answer}."
 
 
-def demonstrations(seed: int = 0, split: str = "train", kinds: Sequence[str] = ALL,
-                   wordy: float = 0.25) -> Iterator[list[dict[str, str]]]:
+def demonstrations(seed: int = 0, split: str = "train", kinds: Sequence[str] = ALL, wordy: float = 0.25,
+                   told: float = 0.0) -> Iterator[list[dict[str, str]]]:
     """Conversations without end, as two kinds of writers have answered: a share `wordy` of them in a sentence.
 
     All are right, and a model that imitates them takes over both habits; which of the two is wanted only preferences say.
+    told: the share in which a story is asked for, and its first paragraph told: what was learned before stays in use.
     """
     draw = random.Random(f"writers {seed}").random
     for asked in instructions(seed, split, kinds):
+        if draw() < told:
+            story = next(stories(1, int(draw() * 2 ** 31)))
+            yield [{"role": "user", "content": f"Tell me a story about a {story.facts['kind']}."},
+                   {"role": "assistant", "content": story.text.partition("\n")[0]}]
         answer = in_a_sentence(asked.answer) if draw() < wordy else asked.answer
         yield [*asked.messages[:1], {"role": "assistant", "content": answer}]
 

@@ -30,8 +30,9 @@ class Align:
     """A run that `minillm train` has finished, or with --out any model's folder."""
     out: Path | None = None
     """The folder of the stages; that of the run by default."""
-    method: Literal["ppo", "dpo", "grpo"] = "ppo"
-    """From comparisons by a reward model and a critic (ppo) or directly (dpo), or from answers that a program checks (grpo)."""
+    method: Literal["ppo", "dpo", "grpo", "sft"] = "ppo"
+    """From comparisons by a reward model and a critic (ppo) or directly (dpo), or from answers that a program checks (grpo); sft
+    stops after instruction tuning, from which every other method goes on."""
     kinds: tuple[str, ...] = ("add",)
     """What is asked: add (56+21=), sum (differences, too), sort, reverse, story."""
     demonstrations: int = 30_000
@@ -76,7 +77,7 @@ class Align:
 
 def stages(method: str) -> tuple[str, ...]:
     """The folders that a method fills, in order."""
-    return ("sft", "reward", "ppo") if method == "ppo" else ("sft", method)
+    return {"ppo": ("sft", "reward", "ppo"), "sft": ("sft",)}.get(method, ("sft", method))
 
 
 def talking_model(run: Path) -> Path:
@@ -97,18 +98,22 @@ def _run(request: Align, group) -> int:
     out = request.out or request.run_folder
     if request.out is None and base.parent != request.run_folder:
         raise ValueError(f"{request.run_folder} is a model and no run: say with --out where the stages are to be kept.")
-    on_first(lambda: _begin(request, base, out), group)
+    if request.fresh:
+        on_first(lambda: _make_room(out), group)
     shop = stage.Workshop(request, out, BPETokenizer.load(base), TEMPLATES["minillm"], group)
     newest = {name: lambda name=name: latest_checkpoint(out / name) for name in stages(request.method)}
     with _stopping() as stop:
         work = {"sft": lambda: stage.tune(shop, base, stage.talker(shop))}
-        if request.method != "grpo":
+        if request.method in ("ppo", "dpo"):
             work["pairs"] = lambda: on_first(lambda: stage.compare_answers(shop, newest["sft"]()), group)
         if request.method == "ppo":
             work["reward"] = lambda: stage.train_reward_model(shop, newest["sft"]())
-        work[request.method] = {"dpo": lambda: stage.train_dpo(shop, newest["sft"]())}.get(
-            request.method, lambda: stage.improve_policy(shop, newest["sft"](), newest["reward"]() if request.method == "ppo" else None, stop))
+        if request.method == "dpo":
+            work["dpo"] = lambda: stage.train_dpo(shop, newest["sft"]())
+        if request.method in ("ppo", "grpo"):
+            work[request.method] = lambda: stage.improve_policy(shop, newest["sft"](), newest["reward"]() if "reward" in newest else None, stop)
         for name, do in work.items():
+            on_first(lambda: _begin(request, name, base, out), group)
             if name in _noted(out)["stages"]:
                 continue
             started = time.perf_counter()
@@ -121,20 +126,35 @@ def _run(request: Align, group) -> int:
     return 0
 
 
-def _begin(request: Align, base: Path, out: Path) -> None:
-    """Make room if asked, and refuse to go on with something else than what was begun. Raises: ValueError that names the fields."""
-    from minillm.course.first_run import note_request, set_aside
-    if request.fresh:
-        for name in ("alignment.json", "pairs.jsonl", "held-out-pairs.jsonl", "sft", "reward", "ppo", "dpo", "grpo"):
-            set_aside(out / name)
-    asked = {name: value for name, value in asdict(request).items() if name not in ("run_folder", "out", "fresh", "parallel")}
-    asked = json.loads(json.dumps(asked | {"base": base.name})) | {"stages": {}}
-    note_request(out / "alignment.json", {**asked, **({"stages": _noted(out)["stages"]} if (out / "alignment.json").exists() else {})})
+READS = {"sft": ("kinds", "demonstrations", "wordy", "told", "context", "sft", "seed"), "pairs": ("pairs", "held_out_pairs", "max_new_tokens"),
+         "reward": ("reward",), "ppo": ("policy", "critic", "online"), "grpo": ("policy", "online"), "dpo": ("dpo",)}
+"""The options that a stage depends on; what those before it depend on is settled by then."""
+
+
+def _begin(request: Align, name: str, base: Path, out: Path) -> None:
+    """Note what a stage is made from, and refuse to go on with something else. Raises: ValueError that names the fields."""
+    from minillm.course.first_run import note_request
+    from minillm.trainer import FREE_TO_CHANGE
+    asked = {key: value for key, value in asdict(request).items() if key in READS[name]}
+    for config in asked.values():
+        for key in FREE_TO_CHANGE if isinstance(config, dict) else ():
+            config.pop(key, None)
+    note_request(out / name / "request.json", asked | ({"base": base.name} if name == "sft" else {}))
+
+
+def _make_room(out: Path) -> None:
+    """Give what was there other names."""
+    from minillm.course.first_run import set_aside
+    from minillm.train.metrics import read_metrics
+    for name in ("alignment.json", *READS):
+        set_aside(out / name)
+    _rewrite_metrics(out, [record for record in read_metrics(out / "metrics.jsonl") if "stage" not in record])
 
 
 def _noted(out: Path) -> dict:
-    """What alignment.json says."""
-    return json.loads((out / "alignment.json").read_text())
+    """What alignment.json says: the gain of every stage that has ended."""
+    noted = out / "alignment.json"
+    return json.loads(noted.read_text()) if noted.exists() else {"stages": {}}
 
 
 def _note(out: Path, base: Path, name: str, gained: dict) -> None:
@@ -150,8 +170,14 @@ def _note(out: Path, base: Path, name: str, gained: dict) -> None:
     records = [record for record in read_metrics(out / "metrics.jsonl") if record.get("stage") != name]
     trained = base / "trainer.json"
     records.append({"step": json.loads(trained.read_text())["step"] if trained.exists() else 0, "stage": name, **flat})
-    write_atomically(out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    _rewrite_metrics(out, records)
     say(f"\n  {name}: " + ", ".join(f"{key} {value}" for key, value in flat.items()) + "\n")
+
+
+def _rewrite_metrics(out: Path, records: list[dict]) -> None:
+    """The run's metrics.jsonl with these records."""
+    from minillm.files import write_atomically
+    write_atomically(out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _conclude(request: Align, out: Path, base: Path) -> None:
@@ -167,7 +193,7 @@ def _conclude(request: Align, out: Path, base: Path) -> None:
 
 What next?
   .venv/bin/minillm chat {out}
-  .venv/bin/minillm align {request.run_folder} --out runs/dpo --method dpo
+  .venv/bin/minillm align {out} --method dpo
 """.rstrip())
 
 

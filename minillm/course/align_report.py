@@ -4,7 +4,8 @@ import html
 
 ROWS = (("exact_match", "right, and nothing else (greedy)", "{:.1%}"), ("rule", "the rule's score of a sampled answer, 0 to 2", "{:.2f}"),
         ("reward", "the reward model's score of it", "{:.2f}"), ("kl", "KL from the tuned model, nats an answer", "{:.2f}"),
-        ("finished", "answers that come to an end", "{:.1%}"), ("text_loss", "loss on the text of pretraining, nats a token", "{:.3f}"))
+        ("finished", "answers that come to an end", "{:.1%}"), ("told_loss", "loss on stories told on request, nats a token", "{:.3f}"),
+        ("text_loss", "loss on the raw text of pretraining, nats a token", "{:.3f}"))
 NAMES = {"sft": "tuned", "ppo": "PPO", "dpo": "DPO", "grpo": "GRPO"}
 
 

@@ -1,7 +1,7 @@
 """The stages behind `minillm align`, each from files to files: instruction tuning, comparisons, a reward model, a policy.
 
     RUN/sft/step-*      the base, tuned on demonstrations          (Trainer)
-    RUN/pairs.jsonl     its own answers, two to a question, compared by the rule with noise
+    RUN/pairs/*.jsonl   its own answers, two to a question, compared by the rule with noise; train and test
     RUN/reward/step-*   a scorer on the tuned model's body, trained on those pairs (Trainer)
     RUN/ppo/step-*      the tuned model, improved: ppo, grpo (Online), or dpo (Trainer, on the pairs)
 
@@ -11,6 +11,7 @@ Every stage goes on from its own newest checkpoint, and returns None when a sign
 import copy
 import random
 from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -22,8 +23,8 @@ from minillm.align.dpo import dpo, with_reference
 from minillm.align.online import Online
 from minillm.align.pairs import Groups, pair_batch
 from minillm.align.reward import Scorer, load_scorer, preference_accuracy, reward_loss, save_scorer, scores_of
-from minillm.align.rollout import sample
-from minillm.align.sft import ConversationLoader, RowLoader, pack
+from minillm.align.rollout import log_probs_of, sample
+from minillm.align.sft import ConversationLoader, RowLoader, pack, pad_rows
 from minillm.course.judge import judge, prompts_of, stops, win_rate, words_of
 from minillm.data.instructions import (Instruction, compare, demonstrations, instructions, preference_row, read_preferences, rule_score,
                                        write_jsonl)
@@ -84,15 +85,15 @@ def tune(shop: Workshop, base: Path, talk: Callable[[Transformer], dict]) -> boo
 
 
 def compare_answers(shop: Workshop, tuned: Path) -> bool:
-    """Let the tuned model answer questions twice, and prefer one answer by the rule with noise: RUN/pairs.jsonl and held-out-pairs.jsonl."""
+    """Let the tuned model answer questions twice, and prefer one of each two by the rule, with noise."""
     model = load_pretrained(tuned).eval()
     with bar("compare", total=shop.request.pairs + shop.request.held_out_pairs, unit="pair") as moving:
-        for name, split, count in (("pairs", "train", shop.request.pairs), ("held-out-pairs", "test", shop.request.held_out_pairs)):
+        for split, count in (("train", shop.request.pairs), ("test", shop.request.held_out_pairs)):
             found = []
             for pair in islice(_pairs(shop, model, split), count):
                 found.append(preference_row(pair) | {"probability": round(pair.probability, 4)})
                 moving.update(1)
-            write_jsonl(shop.run / f"{name}.jsonl", found)
+            write_jsonl(shop.run / "pairs" / f"{split}.jsonl", found)
     return True
 
 
@@ -113,9 +114,9 @@ def _pairs(shop: Workshop, model: Transformer, split: str, at_once: int = 128):
             yield compare(one, first, second, draw)
 
 
-def batch_of_pairs(shop: Workshop, name: str) -> Groups:
-    """A file of comparisons as one batch."""
-    return pair_batch(shop.template, shop.tokenizer, read_preferences(shop.run / f"{name}.jsonl"))
+def batch_of_pairs(shop: Workshop, split: str) -> Groups:
+    """The comparisons as one batch."""
+    return pair_batch(shop.template, shop.tokenizer, read_preferences(shop.run / "pairs" / f"{split}.jsonl"))
 
 
 def train_reward_model(shop: Workshop, tuned: Path) -> bool:
@@ -133,7 +134,7 @@ def train_dpo(shop: Workshop, tuned: Path) -> bool:
 def _on_pairs(shop: Workshop, name: str, train, model: Transformer, loss, change: Callable[[Groups], Groups], **files) -> bool:
     """Training on comparisons with the Trainer."""
     engine = build_engine(model, train, shop.request.parallel, loss=loss)
-    pairs, held_out = (change(batch_of_pairs(shop, which)) for which in ("pairs", "held-out-pairs"))
+    pairs, held_out = (change(batch_of_pairs(shop, which)) for which in ("train", "test"))
     loader = RowLoader(pairs, train.batch_size, group=2, seed=train.seed, rank=engine.rank, ranks=engine.ranks)
     say(f"{shop.run / name}: {pairs.count:,} comparisons, {train.steps:,} steps of {train.batch_size // 2}")
     return Trainer(engine, loader, held_out.split(train.batch_size), shop.run / name, tokenizer=shop.tokenizer,
@@ -142,7 +143,7 @@ def _on_pairs(shop: Workshop, name: str, train, model: Transformer, loss, change
 
 def judge_reward_model(shop: Workshop, scorer: Scorer) -> dict[str, float]:
     """On held-out pairs: accuracy, the best that the noise allows, and how far its certainty is from how often it is right."""
-    batch = batch_of_pairs(shop, "held-out-pairs")
+    batch = batch_of_pairs(shop, "test")
     better, worse = scores_of(scorer.eval(), batch).view(-1, 2).unbind(1)
     sure = (better - worse).double().sigmoid()  # of the one that was preferred
     return {"accuracy": round(preference_accuracy(scorer, batch), 4), "calibration_error": round(calibration_error(sure), 4)}
@@ -155,7 +156,7 @@ SHOWN = 6
 def gain(shop: Workshop, name: str, base: Path, newest: dict[str, Callable[[], Path]]) -> dict:
     """What a stage that has ended gained, measured on what it has not seen."""
     if name == "pairs":
-        sure = [pair.probability for pair in read_preferences(shop.run / "held-out-pairs.jsonl")]
+        sure = [pair.probability for pair in read_preferences(shop.run / "pairs" / "test.jsonl")]
         return {"comparisons": shop.request.pairs, "best_accuracy": round(sum(max(p, 1 - p) for p in sure) / len(sure), 4)}
     if name == "reward":
         return judge_reward_model(shop, load_scorer(newest["reward"]()))
@@ -164,24 +165,30 @@ def gain(shop: Workshop, name: str, base: Path, newest: dict[str, Callable[[], P
     if name == "sft":
         before, after, more = look(load_pretrained(base)), look(load_pretrained(newest["sft"]())), {}
     else:
-        tuned, scorer = load_pretrained(newest["sft"]()), load_scorer(newest["reward"]()) if "reward" in newest else None
+        tuned, scorer = load_pretrained(newest["sft"]()), latest_checkpoint(shop.run / "reward")
+        scorer = scorer and load_scorer(scorer)
         before, after = (look(model, reference=tuned, scorer=scorer) for model in (tuned, load_pretrained(newest[name]())))
         more = {"win_rate": round(win_rate(after.rules, before.rules), 4)}
-    lost = {"before": story_loss(shop, base if name == "sft" else newest["sft"]()), "after": story_loss(shop, newest[name]())}
-    return more | {when: judged.numbers() | ({"text_loss": lost[when]} if lost[when] else {})
-                   for when, judged in (("before", before), ("after", after))} | {
+    kept = {"before": kept_losses(shop, base if name == "sft" else newest["sft"]()), "after": kept_losses(shop, newest[name]())}
+    return more | {when: judged.numbers() | kept[when] for when, judged in (("before", before), ("after", after))} | {
         "answers": {"question": [one.question for one in asked[:SHOWN]], "right": [one.answer for one in asked[:SHOWN]],
                     "before": before.answers[:SHOWN], "after": after.answers[:SHOWN]}}
 
 
 @torch.no_grad()
-def story_loss(shop: Workshop, folder: Path, windows: int = 64) -> float | None:
-    """What the model still knows of the text that it was pretrained on: nats a token, where the run has that text."""
-    if not (shop.run / "data" / "data.json").exists():
-        return None
-    model = load_pretrained(folder).eval()
-    batch = next(evaluation_batches(open_prepared(shop.run / "data").val, windows, model.config.context))
-    return round(float(cross_entropy(model(batch.ids), batch.targets)) / batch.count, 4)
+def kept_losses(shop: Workshop, folder: Path, rows: int = 64) -> dict[str, float]:
+    """What is left of the fluency that the model had, in nats a token: on held-out stories that it is asked to tell (told_loss), and
+    on the text of its pretraining as it stands there (text_loss), where the run has it."""
+    model, found = load_pretrained(folder).eval(), {}
+    if shop.request.told:
+        told = (talk for talk in demonstrations(shop.request.seed * 1_000 + MEASURED, "test", shop.request.kinds, told=1.0)
+                if talk[0]["content"].startswith("Tell me a story"))
+        batch = pad_rows([render(shop.template, shop.tokenizer, talk) for talk in islice(told, rows)])
+        found["told_loss"] = -float(log_probs_of(model, batch).sum()) / batch.count
+    if (shop.run / "data" / "data.json").exists():
+        batch = next(evaluation_batches(open_prepared(shop.run / "data").val, rows, model.config.context))
+        found["text_loss"] = float(cross_entropy(model(batch.ids), batch.targets)) / batch.count
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def talker(shop: Workshop, count: int = 3) -> Callable[[Transformer], dict]:
@@ -229,7 +236,7 @@ def improve_policy(shop: Workshop, tuned: Path, judge_of: Path | None, stop: Cal
     metrics = Metrics(folder / "metrics.jsonl", resume_at=online.rounds_done) if engine.first else None
     say(f"{folder}: {config.rounds:,} rounds of {config.prompts} prompts with {config.answers} answers each")
     questions = islice(shop.questions(PROMPTS, "train"), online.rounds_done * config.prompts, None)
-    with bar(request.method, total=config.rounds, unit="round", start=online.rounds_done) as moving:
+    with bar(request.method, total=config.rounds, unit="round", start=online.rounds_done) as moving, closing(metrics) if metrics else nullcontext():
         while online.rounds_done < config.rounds and not (stopped := engine.any_rank(stop())):
             asked = list(islice(questions, config.prompts))
             found = online.round(prompts_of(shop.template, shop.tokenizer, asked), asked)

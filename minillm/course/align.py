@@ -98,6 +98,7 @@ def _run(request: Align, group) -> int:
     out = request.out or request.run_folder
     if request.out is None and base.parent != request.run_folder:
         raise ValueError(f"{request.run_folder} is a model and no run: say with --out where the stages are to be kept.")
+    _check_finished(base)
     if request.fresh:
         on_first(lambda: _make_room(out), group)
     shop = stage.Workshop(request, out, BPETokenizer.load(base), TEMPLATES["minillm"], group)
@@ -124,6 +125,14 @@ def _run(request: Align, group) -> int:
             on_first(lambda: _note(out, base, name, {"seconds": round(seconds, 1)} | stage.gain(shop, name, base, newest)), group)
     on_first(lambda: _conclude(request, out, base), group)
     return 0
+
+
+def _check_finished(base: Path) -> None:
+    """Refuse a base in the middle of its training, which would be another one tomorrow."""
+    notes = json.loads((base / "trainer.json").read_text()) if (base / "trainer.json").exists() else None
+    if notes and notes["step"] < notes["train"]["steps"]:
+        raise ValueError(f"{base} is in the middle of its training, at step {notes['step']} of {notes['train']['steps']}. Let the command that "
+                         f"began it finish first.")
 
 
 READS = {"sft": ("kinds", "demonstrations", "wordy", "told", "context", "sft", "seed"), "pairs": ("pairs", "held_out_pairs", "max_new_tokens"),
@@ -194,6 +203,7 @@ def _conclude(request: Align, out: Path, base: Path) -> None:
 What next?
   .venv/bin/minillm chat {out}
   .venv/bin/minillm align {out} --method dpo
+  make lab          the course: lessons 17 and 18 are about this
 """.rstrip())
 
 

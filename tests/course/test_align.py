@@ -107,6 +107,8 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(done, capsys
     assert code == 2 and "wordy was 0.25 and is now 0.5" in err and "--fresh" in err
     code, _, err = align(capsys, folder / "step-000150", *SHORT)
     assert code == 2 and "is a model and no run: say with --out" in err
+    code, _, err = align(capsys, folder / "step-000100", "--out", folder.with_name("early"), *SHORT)
+    assert code == 2 and "in the middle of its training, at step 100 of 150" in err
     code, _, err = align(capsys, folder / "nothing", *SHORT)
     assert code == 2 and "holds no checkpoint" in err
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -40,7 +41,7 @@ from minillm.text.chat import Template, render
 from minillm.torch_engine import build_engine
 from minillm.train.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from minillm.train.loss import cross_entropy
-from minillm.train.metrics import Metrics
+from minillm.train.metrics import Metrics, read_metrics
 from minillm.trainer import Trainer
 
 TRAIN, PROMPTS, COMPARED, MEASURED = 0, 1, 2, 3
@@ -197,7 +198,7 @@ def gain(shop: Workshop, name: str, base: Path, newest: dict[str, Callable[[], P
         sure = [pair.probability for pair in read_preferences(shop.run / "pairs" / "test.jsonl")]
         return {"comparisons": shop.request.pairs, "best_accuracy": round(sum(max(p, 1 - p) for p in sure) / len(sure), 4)}
     if name == "reward":
-        return judge_reward_model(shop, shop.load_scorer(newest["reward"]()))
+        return judge_reward_model(shop, shop.load_scorer(newest["reward"]())) | pace(shop.run / name)
     asked = list(islice(shop.questions(MEASURED, "test"), QUESTIONS))
     look = partial(judge, tokenizer=shop.tokenizer, template=shop.template, asked=asked, max_new_tokens=shop.request.max_new_tokens)
     if name == "sft":
@@ -208,9 +209,18 @@ def gain(shop: Workshop, name: str, base: Path, newest: dict[str, Callable[[], P
         before, after = (look(model, reference=tuned, scorer=scorer) for model in (tuned, shop.load(newest[name]())))
         more = {"win_rate": round(win_rate(after.rules, before.rules), 4)}
     kept = {"before": kept_losses(shop, base if name == "sft" else newest["sft"]()), "after": kept_losses(shop, newest[name]())}
-    return more | {when: judged.numbers() | kept[when] for when, judged in (("before", before), ("after", after))} | {
+    return more | pace(shop.run / name) | {when: judged.numbers() | kept[when] for when, judged in (("before", before), ("after", after))} | {
         "answers": {"question": [one.question for one in asked[:SHOWN]], "right": [one.answer for one in asked[:SHOWN]],
                     "before": before.answers[:SHOWN], "after": after.answers[:SHOWN]}}
+
+
+def pace(folder: Path) -> dict[str, float]:
+    """Medians of a stage's own metrics: tokens a second of its rows, or what the parts of a round take."""
+    records, found = read_metrics(folder / "metrics.jsonl"), {}
+    for key in ("tokens_per_second", "seconds_generate", "seconds_score", "seconds_update"):
+        if values := [record[key] for record in records if key in record]:
+            found[key] = median(values)
+    return found
 
 
 @torch.no_grad()

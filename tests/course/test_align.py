@@ -68,6 +68,7 @@ def test_every_stage_gained(done):
     assert found["ppo"]["reward_after"] > found["ppo"]["reward_before"] + 0.02 and found["ppo"]["kl_before"] == 0
     assert 0 < found["ppo"]["kl_after"] < 1 and found["ppo"]["rule_after"] > found["ppo"]["rule_before"] - 0.05
     assert abs(found["ppo"]["text_loss_after"] - found["ppo"]["text_loss_before"]) < 0.3
+    assert all(found[stage]["seconds"] > 0 for stage in found) and found["sft"]["tokens_per_second"] > 0 < found["ppo"]["seconds_update"]
     assert found["ppo"]["finished_after"] > 0.7 and 0.4 < found["ppo"]["win_rate"] < 0.7
 
 

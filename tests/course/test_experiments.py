@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from minillm.course import experiments
-from minillm.course.experiments import classifying, families, positions, scaling, spikes, staleness, tuning
+from minillm.course.experiments import classifying, families, instructing, positions, scaling, spikes, staleness, tuning
 from minillm.data.loader import Loader
 from minillm.data.prepare import DataConfig, prepare
 from minillm.model.transformer import Transformer, num_params
 from minillm.course.scaling_law import fit_scaling_law, residuals
 
 EXPERIMENTS = {"positions": positions, "families": families, "scaling": scaling, "spikes": spikes, "staleness": staleness,
-               "tuning": tuning, "classifying": classifying}
+               "tuning": tuning, "classifying": classifying, "instructing": instructing}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -12,8 +12,9 @@ PARALLEL := -n 2 --dist loadfile
 help:           ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-run: .venv/ready            ## train a language model from raw text in about two minutes, into runs/first (ARGS="--fresh")
+run: .venv/ready            ## from raw text to a model that answers, in about five minutes, into runs/first (ARGS="--fresh", ALIGN="--method dpo")
 	$(PY) -m minillm train --out runs/first $(ARGS)
+	$(PY) -m minillm align runs/first $(ALIGN)
 
 test: .venv/ready-to-test   ## everything that must hold: unit tests, parity with other libraries, notebooks, a short run
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) tests
@@ -34,7 +35,7 @@ notebooks: .venv/ready      ## execute every notebook again and store its output
 exercises: .venv/ready      ## make the students' notebooks from those with the solutions
 	$(PY) -m minillm exercises
 
-pretrained: .venv/ready     ## train the course's own checkpoint again
+pretrained: .venv/ready     ## train the course's own checkpoints again
 	$(PY) -m minillm.course.pretrained
 
 experiments: .venv/ready   ## run the long comparisons again that lessons draw (about an hour on two cores)

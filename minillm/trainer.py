@@ -46,16 +46,18 @@ class Trainer:
     metrics file.
     peak: floating-point operations a second that a rank's device could do; then the model's share of them (MFU) is told, too.
     save_model: writes an adapter's files to a checkpoint, instead of the whole model.
+    load_model: reads what save_model wrote, if that has a config.json (a reward model's files, say).
     """
 
     def __init__(self, engine: Engine, loader: Loader, validation: TokenShards | Sequence[Batch], run: str | Path, *,
                  tokenizer=None, tensorboard: bool = False,
                  at: dict[int, Callable[[Transformer], dict]] | None = None, peak: float | None = None,
-                 save_model: Callable[[Transformer, Path], None] | None = None):
+                 save_model: Callable[[Transformer, Path], None] | None = None,
+                 load_model: Callable[..., Transformer] = load_pretrained):
         self.engine, self.loader, self.validation, self.run = engine, loader, validation, Path(run)
         self.config: TrainConfig = engine.config
         self.tokenizer, self.tensorboard, self.at = tokenizer, tensorboard, at or {}
-        self.peak, self.save_model = peak, save_model
+        self.peak, self.save_model, self.load_model = peak, save_model, load_model
         self._skipped = 0  # steps in a row, by the loss scaler
         self._stop: signal.Signals | None = None
 
@@ -189,7 +191,7 @@ class Trainer:
         checkpoint = load_checkpoint(folder)
         self._check_same(checkpoint.folder, checkpoint.notes)
         if (folder / "config.json").exists():  # else it is an adapter's, whose weights the engine has kept
-            weights = load_pretrained(folder, dtype=next(self.engine.model.parameters()).dtype).state_dict()
+            weights = self.load_model(folder, dtype=next(self.engine.model.parameters()).dtype).state_dict()
             self.engine.load_weights(weights)
         self.engine.load_state_dict(checkpoint.tensors)
         self.loader.load_state_dict(checkpoint.notes["loader"])

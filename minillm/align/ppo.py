@@ -4,7 +4,7 @@ An answer is an episode, a token an action. The reward model's score comes with 
 reference model (KL), so the policy cannot wander off to where the reward model was never right. A critic predicts what is
 still to come, and its surprise is the advantage. Sources: arXiv:1707.06347; for language models arXiv:1909.08593 §2 and
 arXiv:2203.02155 §3.5. Four models take part: policy and critic are trained, reference and reward model are only asked.
-grpo.py does without the critic. Left out: InstructGPT's share of pretraining gradients.
+grpo.py does without the critic, online.py is the outer loop of both. Left out: InstructGPT's share of pretraining gradients.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -63,10 +64,16 @@ def gae(rewards: Float[Tensor, "B T"], values: Float[Tensor, "B T"], ends: Bool[
     return advantages, advantages + values
 
 
-def whiten(advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Mean 0 and variance 1 over the mask, 0 outside."""
-    inside = advantages[mask]
-    return torch.where(mask, (advantages - inside.mean()) / (inside.std() + 1e-8), 0.0)
+def whiten(advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"],
+           group: dist.ProcessGroup | None = None) -> Float[Tensor, "B T"]:
+    """Mean 0 and variance 1 over the mask, 0 outside. group: over those of all its ranks."""
+    inside = advantages[mask].double()
+    sums = torch.stack((torch.ones_like(inside).sum(), inside.sum(), inside.square().sum()))
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    count, mean = sums[0], sums[1] / sums[0]
+    std = ((sums[2] - count * mean.square()) / (count - 1)).clamp(min=0).sqrt()
+    return torch.where(mask, (advantages - mean) / (std + 1e-8), 0.0).to(advantages.dtype)
 
 
 def policy_loss(log_probs: Float[Tensor, "B T"], old: Float[Tensor, "B T"], advantages: Float[Tensor, "B T"],
@@ -118,10 +125,10 @@ class Experience(Batch):
 
 @torch.no_grad()
 def experience(rollouts: Rollouts, scores: Float[Tensor, "B"], reference: Transformer, critic: Transformer, beta: float,
-               gamma: float = 1.0, lam: float = 0.95) -> tuple[Experience, float]:
+               gamma: float = 1.0, lam: float = 0.95, group: dist.ProcessGroup | None = None) -> tuple[Experience, float]:
     """What policy and critic learn from, and the mean KL of an answer in nats, which AdaptiveKL wants to know.
 
-    Advantages are whitened over these answers: on several ranks, make it of all answers and give each rank its `part`.
+    group: of ranks that each have answers of their own; advantages are whitened over all of them.
     scores: of each answer, by a reward model or a program.   critic: a Scorer (reward.py); its score at a token is its
     guess, before the next one is written, of the rewards still to come.
     """
@@ -130,7 +137,7 @@ def experience(rollouts: Rollouts, scores: Float[Tensor, "B"], reference: Transf
     distance = kl(rollouts.log_probs, log_probs_of(reference, batch)) * mask
     rewards = token_rewards(scores.to(distance), distance, mask, beta)
     advantages, returns = gae(rewards, values, last_of(mask), gamma, lam)
-    made = Experience(**vars(batch), old=rollouts.log_probs, values=values, advantages=whiten(advantages, mask),
+    made = Experience(**vars(batch), old=rollouts.log_probs, values=values, advantages=whiten(advantages, mask, group),
                       returns=returns)
     return made, float(distance.sum(1).mean())
 

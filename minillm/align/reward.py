@@ -2,11 +2,13 @@
 
 The head is replaced by one with a single row; the score is read at the answer's last token, which has seen everything.
 Only differences of scores are ever trained, so their zero is arbitrary. It is a Transformer, so the Engine trains it as any
-other. A critic (ppo.py) is the same model, read at every token. Source: arXiv:2203.02155 §3.5 eq. 1.
-Left out: tensor ranks, and files.
+other. A critic (ppo.py) is the same model, read at every token. Its files are those of Hugging Face's sequence classifiers with
+one label. Source: arXiv:2203.02155 §3.5 eq. 1. Left out: tensor ranks.
 """
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -17,7 +19,11 @@ from minillm.align.pairs import Groups
 from minillm.align.ppo import last_of
 from minillm.config import ModelConfig
 from minillm.data.loader import IGNORED, Batch
+from minillm.files import write_atomically
+from minillm.model.huggingface import CheckpointError, load_pretrained, load_tensors, save_pretrained, save_tensors
 from minillm.model.transformer import Transformer
+
+HEAD = "score.weight"
 
 
 class Scorer(Transformer):
@@ -71,3 +77,30 @@ def preference_accuracy(scorer: Scorer, batch: Groups) -> float:
     """How often the answer that was preferred has a higher score than all others."""
     best, others = scores_of(scorer, batch).view(-1, batch.group).split((1, batch.group - 1), dim=1)
     return float((best > others).all(1).double().mean())
+
+
+# Files
+
+def save_scorer(scorer: Scorer, folder: str | Path) -> None:
+    """Write config.json and model.safetensors, so that `load_scorer` and AutoModelForSequenceClassification read them back."""
+    folder = Path(folder)
+    save_pretrained(scorer, folder)
+    tensors = {HEAD if weight.shape == scorer.head.weight.shape and "head" in name else name: weight
+               for name, weight in load_tensors(folder / "model.safetensors").items()}
+    about = json.loads((folder / "config.json").read_text())
+    kinds = [name.partition("For")[0] + "ForSequenceClassification" for name in about.get("architectures", [])]
+    write_atomically(folder / "config.json", json.dumps(about | {"architectures": kinds, "num_labels": 1}, indent=2))
+    save_tensors(folder / "model.safetensors", tensors)
+
+
+def load_scorer(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Scorer:
+    """The reward model of a folder. Raises: CheckpointError for what is none, or as `load_pretrained`."""
+    scorer = Scorer.of(load_pretrained(folder, dtype=dtype, without=(HEAD,)))
+    head = load_tensors(Path(folder) / "model.safetensors").get(HEAD)
+    if head is None or head.shape != scorer.head.weight.shape:
+        found = "no" if head is None else f"a {tuple(head.shape)}"
+        raise CheckpointError(f"{folder} has {found} {HEAD}, and a reward model's is {tuple(scorer.head.weight.shape)}: it is a language "
+                              f"model, or a classifier of several classes. Train a scorer from it with Scorer.of(model).")
+    with torch.no_grad():
+        scorer.head.weight.copy_(head)
+    return scorer

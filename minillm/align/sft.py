@@ -53,26 +53,34 @@ def pack(rows: Sequence[Rendered], context: int, pad: int = 0) -> Batch:
     return _laid_out(bins, context, pad)
 
 
-class ConversationLoader(Loader):
-    """An endless iterator of this rank's batches of packed conversations; rows are packed once and shuffled every epoch.
+class RowLoader(Loader):
+    """An endless iterator of this rank's batches from rows that are laid out already, shuffled every epoch.
 
-    Shapes: as `pack`, with batch_size / ranks rows.   Raises: ValueError as `pack`, or for fewer rows than a batch.
+    group: rows after one another that stay together (pairs.py).   Shapes: batch_size / ranks rows of the batch given.
+    Raises: ValueError for fewer rows than a batch, or a batch that the ranks, or groups, do not divide.
     """
 
-    def __init__(self, conversations: Sequence[Rendered], batch_size: int, context: int, *, seed: int = 0, rank: int = 0,
-                 ranks: int = 1, pad: int = 0):
-        self.rows = pack(conversations, context, pad)
-        self.windows = len(self.rows.ids)
-        if self.windows < batch_size:
-            raise ValueError(f"{len(conversations):,} conversations fill {self.windows:,} rows of {context}, fewer than "
-                             f"one batch of {batch_size}. Use more of them, a shorter context or a smaller batch.")
-        if batch_size % ranks:
-            raise ValueError(f"a batch of {batch_size} does not divide over {ranks} ranks.")
-        self.batch_size, self.context, self.seed, self.rank, self.ranks = batch_size, context, seed, rank, ranks
+    def __init__(self, rows: Batch, batch_size: int, *, group: int = 1, seed: int = 0, rank: int = 0, ranks: int = 1):
+        if len(rows.ids) < batch_size:
+            raise ValueError(f"{len(rows.ids):,} rows of {rows.ids.shape[1]} are fewer than one batch of {batch_size}. Use more "
+                             f"examples, a shorter context or a smaller batch.")
+        if batch_size % (group * ranks):
+            raise ValueError(f"a batch of {batch_size} does not divide over {ranks} ranks"
+                             + (f" in groups of {group}." if group > 1 else "."))
+        self.rows, self.group, self.windows, self.batch_size = rows, group, len(rows.ids) // group, batch_size // group
+        self.context, self.seed, self.rank, self.ranks = rows.ids.shape[1], seed, rank, ranks
         self.shuffle, self.epoch, self.taken, self._order = True, 0, 0, None
 
     def __next__(self) -> Batch:
-        return self.rows.take(torch.from_numpy(self._next_windows()))
+        chosen = torch.from_numpy(self._next_windows())
+        return self.rows.take((chosen[:, None] * self.group + torch.arange(self.group)).flatten())
+
+
+class ConversationLoader(RowLoader):
+    """Batches of packed conversations; they are packed once. Shapes, errors: as `pack` and RowLoader."""
+
+    def __init__(self, conversations: Sequence[Rendered], batch_size: int, context: int, *, pad: int = 0, **options):
+        super().__init__(pack(conversations, context, pad), batch_size, **options)
 
 
 def _laid_out(bins: Sequence[Sequence[Rendered]], width: int, pad: int) -> Batch:

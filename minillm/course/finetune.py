@@ -4,7 +4,6 @@ The base is a run, one of its checkpoints or a Hugging Face folder with a byte-l
 alone, in PEFT's layout; for bitfit and full they are whole models. A run that was stopped goes on by the same command.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -113,16 +112,10 @@ def _run(request: Finetune, group) -> int:
 
 
 def _same_request(request: Finetune, base: Path) -> None:
-    """Note what is tuned and how; another request in the same folder is refused. Raises: ValueError that names the fields."""
-    from minillm.files import write_atomically
-    asked = {name: value for name, value in asdict(request).items() if name in (
-        "method", "rank", "alpha", "targets", "dropout", "length", "size", "context")} | {"base": str(base.resolve())}
-    asked["targets"], noted = list(request.targets), request.out / "finetune.json"
-    made = json.loads(noted.read_text()) if noted.exists() else asked
-    if differing := [f"{key} was {made.get(key)!r} and is now {value!r}" for key, value in asked.items() if made.get(key) != value]:
-        raise ValueError(f"{request.out} was begun by another request: {'; '.join(differing)}. Give the same options, another "
-                         f"--out, or --fresh.")
-    write_atomically(noted, json.dumps(asked, indent=1))
+    """Note what is tuned and how; another request in the same folder is refused."""
+    from minillm.course.first_run import note_request
+    note_request(request.out / "finetune.json", {name: value for name, value in asdict(request).items() if name in (
+        "method", "rank", "alpha", "targets", "dropout", "length", "size", "context")} | {"base": str(base.resolve())})
 
 
 def _say_goodbye(run: Path, checkpoint: Path, step: int, finished: bool) -> None:

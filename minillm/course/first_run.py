@@ -16,6 +16,7 @@ from minillm.course.report import write_report
 from minillm.data.loader import Loader
 from minillm.data.prepare import DataConfig, Prepared, open_prepared, prepare
 from minillm.engine import Engine, check_layout
+from minillm.files import write_atomically
 from minillm.infer.generate import stream_text
 from minillm.infer.sampling import Sampling
 from minillm.model.transformer import Transformer, num_params
@@ -24,6 +25,7 @@ from minillm.parallel.launch import launch
 from minillm.progress import say
 from minillm.torch_engine import build_engine, check_torch_layout
 from minillm.train.checkpoint import checkpoints, latest_checkpoint
+from minillm.train.metrics import read_metrics
 from minillm.train.precision import DTYPES
 from minillm.trainer import Trainer
 from minillm.zero_engine import check_zero
@@ -124,7 +126,7 @@ def _fitting(model, data: Prepared):
 def place_to_begin(request, run: Path) -> Path | None:
     """The checkpoint to go on from, if any; with --fresh, what is there makes room first."""
     if request.fresh:
-        _set_aside(run)
+        set_aside(run)
     return _where_to_resume(run, request.resume)
 
 
@@ -139,8 +141,8 @@ def _where_to_resume(run: Path, asked: Path | None) -> Path | None:
     return newest
 
 
-def _set_aside(run: Path) -> None:
-    """Give an old run another name, so that --fresh loses nothing."""
+def set_aside(run: Path) -> None:
+    """Give an old run, or a file of one, another name, so that --fresh loses nothing."""
     if run.exists():
         number = 1
         while (aside := run.with_name(f"{run.name}-before-{number}")).exists():
@@ -149,13 +151,33 @@ def _set_aside(run: Path) -> None:
         say(f"{run} was there: it is now {aside}.")
 
 
+def note_request(noted: Path, asked: dict) -> None:
+    """Write down what a folder is made from; another request in the same folder is refused. Raises: ValueError that names the fields."""
+    asked = json.loads(json.dumps(asked))
+    made = json.loads(noted.read_text()) if noted.exists() else asked
+    if differing := [f"{key} was {made.get(key)!r} and is now {value!r}" for key, value in asked.items() if made.get(key) != value]:
+        raise ValueError(f"{noted.parent} was begun by another request: {'; '.join(differing)}. Give the same options, another "
+                         f"--out, or --fresh.")
+    write_atomically(noted, json.dumps(asked, indent=1))
+
+
+def rewrite_report(run: Path) -> bool:
+    """Write the report of a finished run once more, with what was added since; False where the folder is none."""
+    if not (run / "data" / "data.json").exists() or not (newest := latest_checkpoint(run)):
+        return False
+    records = [record for record in read_metrics(run / "metrics.jsonl") if "prompt" in record]
+    notes = json.loads((newest / "trainer.json").read_text())
+    write_report(run, open_prepared(run / "data"), notes, records[-1]["prompt"] if records else "")
+    return True
+
+
 def _sample(model: Transformer, data: Prepared, prompt: str, step: int) -> dict[str, str]:
     """What the model writes now; the same seed every time, so that only the model differs."""
     started = time.perf_counter()
     model.eval()
     text = "".join(stream_text(model, data.tokenizer, prompt, SAMPLE_TOKENS, sampling=Sampling(temperature=0.8), seed=0))
     say(f"\n  step {step}: {prompt}{text}\n")
-    return {"sample": text, "sample_seconds": round(time.perf_counter() - started, 3)}
+    return {"prompt": prompt, "sample": text, "sample_seconds": round(time.perf_counter() - started, 3)}
 
 
 def _say_goodbye(run: Path, summary: dict) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from minillm.config import ModelConfig, from_dict
+from minillm.course.align_report import as_html
 from minillm.course.plots import loss_curve, use_style
 from minillm.data.prepare import Prepared
 from minillm.files import write_atomically
@@ -21,6 +22,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2rem; } .sub { color: #666; margin-top: 0; } img { max-width: 100%; }
 table { border-collapse: collapse; } td { padding: .15rem 1.2rem .15rem 0; vertical-align: top; } td + td { font-weight: 600; }
+th { text-align: left; padding-right: 1.2rem; }
 blockquote { white-space: pre-wrap; background: #f5f5f2; margin: .5rem 0 1.2rem; padding: .8rem 1rem;
   border-left: 4px solid #0072B2; font-family: Georgia, serif; } b.prompt { color: #0072B2; font-weight: 600; }
 details { margin-top: 1rem; } pre { font-size: 13px; background: #f5f5f2; padding: .8rem; overflow: auto; }
@@ -74,6 +76,8 @@ def _page(run: Path, records: list[dict], data: Prepared, notes: dict, prompt: s
     samples = "".join(f"<p>After {r['step']:,} steps (validation loss {_loss_at(records, r['step']):.2f}):</p>"
                       f"<blockquote><b class=prompt>{html.escape(prompt)}</b>{html.escape(r['sample'])}</blockquote>"
                       for r in records if "sample" in r)
+    noted = run / "alignment.json"
+    aligned = as_html(json.loads(noted.read_text())) if noted.exists() else ""
     rows = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in _rows(model, data, notes, summary))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(str(run))}</title><style>{STYLE}</style></head><body>
@@ -85,7 +89,7 @@ def _page(run: Path, records: list[dict], data: Prepared, notes: dict, prompt: s
 <h2>What it writes</h2>
 <p>The same prompt at three points of training.</p>
 {samples}
-<details><summary>Configuration</summary><pre>{html.escape(json.dumps(notes, indent=1))}</pre></details>
+{aligned}<details><summary>Configuration</summary><pre>{html.escape(json.dumps(notes, indent=1))}</pre></details>
 </body></html>
 """
 

@@ -35,7 +35,8 @@ class Instruction:
     @property
     def held_out(self) -> bool:
         """Whether it belongs to the test: decided by the fact alone."""
-        return int(hashlib.sha256(f"{self.kind} {self.fact}".encode()).hexdigest(), 16) % TEST_SHARE == 0
+        family = {"add": "sum"}.get(self.kind, self.kind)
+        return int(hashlib.sha256(f"{family} {self.fact}".encode()).hexdigest(), 16) % TEST_SHARE == 0
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -59,11 +60,17 @@ def _pick(things: Sequence, draw: Draw):
     return things[int(draw() * len(things))]
 
 
+def _add(draw: Draw, kind: str = "add") -> Instruction:
+    a, b = int(draw() * 100), int(draw() * 100)
+    asked = _pick((f"{a}+{b}=", f"What is {a}+{b}?", f"Add {a} and {b}."), draw)
+    return Instruction(kind, asked, str(a + b), f"{min(a, b)}+{max(a, b)}")
+
+
 def _sum(draw: Draw) -> Instruction:
+    if draw() < 0.5:
+        return _add(draw, "sum")
     a, b = int(draw() * 100), int(draw() * 100)
     fact = f"{min(a, b)}+{max(a, b)}"
-    if draw() < 0.5:
-        return Instruction("sum", _pick((f"{a}+{b}=", f"What is {a}+{b}?", f"Add {a} and {b}."), draw), str(a + b), fact)
     return Instruction("sum", _pick((f"{a + b}-{b}=", f"What is {a + b}-{b}?", f"Take {b} from {a + b}."), draw), str(a), fact)
 
 
@@ -74,9 +81,19 @@ def _sort(draw: Draw) -> Instruction:
     return Instruction("sort", question, " ".join(map(str, ascending)), str(ascending))
 
 
-def _reverse(draw: Draw) -> Instruction:
+def _words(draw: Draw) -> list[str]:
+    """Two to four different words of the stories, in random order."""
     words = [_pick(grammar().rules[rule].options, draw).fields[""] for rule in ("hue", "size", "landmark", "home_kind")]
-    words = sorted(words[:2 + int(draw() * 3)], key=lambda _: draw())
+    return sorted(words[:2 + int(draw() * 3)], key=lambda _: draw())
+
+
+def _repeat(draw: Draw) -> Instruction:
+    words = _words(draw)
+    return Instruction("repeat", f"Say: {' '.join(words)}", " ".join(words), " ".join(sorted(words)))
+
+
+def _reverse(draw: Draw) -> Instruction:
+    words = _words(draw)
     text = " ".join(words)
     question = _pick((f"Reverse: {text}", f"Write backwards, word by word: {text}"), draw)
     return Instruction("reverse", question, " ".join(reversed(words)), " ".join(sorted(words)))
@@ -92,11 +109,14 @@ def _story(draw: Draw) -> Instruction:
             return Instruction("story", _pick((f"{text}\n{asked}", f"Read: {text}\n{asked}"), draw), story.facts[fact], text)
 
 
-KINDS: dict[str, Callable[[Draw], Instruction]] = {"sum": _sum, "sort": _sort, "reverse": _reverse, "story": _story}
-"""What makes one instruction of each kind from random draws."""
+KINDS: dict[str, Callable[[Draw], Instruction]] = {"sum": _sum, "add": _add, "sort": _sort, "reverse": _reverse, "repeat": _repeat,
+                                                       "story": _story}
+"""What makes one instruction of each kind from random draws; add is sum without differences, and of the same facts."""
+
+ALL = ("sum", "sort", "reverse", "story")
 
 
-def instructions(seed: int = 0, split: str = "train", kinds: Sequence[str] = tuple(KINDS)) -> Iterator[Instruction]:
+def instructions(seed: int = 0, split: str = "train", kinds: Sequence[str] = ALL) -> Iterator[Instruction]:
     """Instructions without end, the kinds in turn; the same seed gives the same ones. They may repeat. split: train or test.
 
     Raises: ValueError for a kind or a split that there is not, or no kind.
@@ -119,6 +139,28 @@ def exact_match(instruction: Instruction, answer: str) -> bool:
     return answer.strip() == instruction.answer
 
 
+def in_a_sentence(answer: str) -> str:
+    """What a wordy writer makes of an answer."""
+    return f"It is {answer}."
+
+
+def demonstrations(seed: int = 0, split: str = "train", kinds: Sequence[str] = ALL, wordy: float = 0.25,
+                   told: float = 0.0) -> Iterator[list[dict[str, str]]]:
+    """Conversations without end, as two kinds of writers have answered: a share `wordy` of them in a sentence.
+
+    All are right, and a model that imitates them takes over both habits; which of the two is wanted only preferences say.
+    told: the share in which a story is asked for, and its first paragraph told: what was learned before stays in use.
+    """
+    draw = random.Random(f"writers {seed}").random
+    for asked in instructions(seed, split, kinds):
+        if draw() < told:
+            story = next(stories(1, int(draw() * 2 ** 31)))
+            yield [{"role": "user", "content": f"Tell me a story about a {story.facts['kind']}."},
+                   {"role": "assistant", "content": story.text.partition("\n")[0]}]
+        answer = in_a_sentence(asked.answer) if draw() < wordy else asked.answer
+        yield [*asked.messages[:1], {"role": "assistant", "content": answer}]
+
+
 # Preferences
 
 def rule_score(instruction: Instruction, answer: str) -> float:
@@ -136,12 +178,16 @@ def preferences(seed: int = 0, split: str = "train", kinds: Sequence[str] = ("su
     """
     draw = random.Random(f"preferences {seed}").random
     for right in instructions(seed, split, kinds):
-        first, second = sorted(_answers(right, draw), key=lambda _: draw())[:2]
-        gap = rule_score(right, first) - rule_score(right, second)
-        likely = 1 / (1 + math.exp(-min(beta, 300) * gap))  # gaps are at most 2, and exp(710) is no float any more
-        if draw() >= likely:
-            first, second, likely = second, first, 1 - likely
-        yield Preference(right.messages[:1], first, second, likely)
+        yield compare(right, *sorted(_answers(right, draw), key=lambda _: draw())[:2], draw, beta)
+
+
+def compare(asked: Instruction, first: str, second: str, draw: Draw, beta: float = 2.0) -> Preference:
+    """Two answers, whoever wrote them, as somebody who follows the rule with noise prefers them; see `preferences`."""
+    gap = rule_score(asked, first) - rule_score(asked, second)
+    likely = 1 / (1 + math.exp(-min(beta, 300) * gap))  # gaps are at most 2, and exp(710) is no float any more
+    if draw() >= likely:
+        first, second, likely = second, first, 1 - likely
+    return Preference(asked.messages[:1], first, second, likely)
 
 
 def _answers(right: Instruction, draw: Draw) -> list[str]:
@@ -150,7 +196,7 @@ def _answers(right: Instruction, draw: Draw) -> list[str]:
     wrong = " ".join(sorted(parts, reverse=True)) if len(parts) > 1 else ""
     if wrong in ("", right.answer):
         wrong = str(int(right.answer) + 1 + int(draw() * 9)) if right.answer.isdigit() else "I do not know"
-    return [right.answer, f"The answer is {right.answer}.", wrong]
+    return [right.answer, in_a_sentence(right.answer), wrong]
 
 
 # Files
@@ -187,7 +233,7 @@ def read_preferences(path: str | Path) -> list[Preference]:
         prompt = _said(row["prompt"], "user") if "prompt" in row else chosen[:-1]
         if "prompt" not in row and rejected[:-1] != prompt:
             raise ValueError("chosen and rejected differ before their last message, so they answer different prompts.")
-        return Preference(prompt, chosen[-1]["content"], rejected[-1]["content"])
+        return Preference(prompt, chosen[-1]["content"], rejected[-1]["content"], float(row.get("probability", 1.0)))
     return _read(path, pair, "prompt, chosen and rejected")
 
 

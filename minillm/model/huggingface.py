@@ -7,7 +7,7 @@ unpickled, since unpickling a downloaded file runs whatever code it carries.
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,10 +31,11 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says which file, what is wrong with it and what to do."""
 
 
-def load_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32,
-                    device: str | torch.device = "cpu") -> Transformer:
+def load_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+                    without: Collection[str] = ()) -> Transformer:
     """The model in a folder with config.json and safetensors (one file, or several with an index).
 
+    without: tensors of the file that belong to something else, such as another head; a model without its own is tied.
     Raises: CheckpointError for a missing, truncated or foreign file, and for missing or left-over tensors.
     """
     folder = Path(folder)
@@ -46,7 +47,7 @@ def load_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32,
         raise CheckpointError(f"{folder / 'config.json'} has no {missing}, which a {theirs.get('model_type')} needs.") from None
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be used: {error}") from error
-    tensors = _read_tensors(folder)
+    tensors = {name: tensor for name, tensor in _read_tensors(folder).items() if name not in without}
     if strange := [n for n, t in tensors.items() if t.dtype not in FLOATS and not n.endswith(layout.skip if layout else ())]:
         raise CheckpointError(f"{folder}: {strange[0]} holds {tensors[strange[0]].dtype}, so these weights are quantised or no "
                               f"weights at all. Load a checkpoint in float32, float16 or bfloat16.")

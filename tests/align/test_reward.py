@@ -3,11 +3,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 from answers import ACCUMULATED, MODEL, PLAN, TEMPLATE, TOKENIZER, pairs
 
 from minillm.align.pairs import pair_batch
-from minillm.align.reward import Scorer, preference_accuracy, final_scores, ranking_loss, reward_loss, scores_of
+from minillm.align.reward import (Scorer, final_scores, load_scorer, preference_accuracy, ranking_loss, reward_loss, save_scorer,
+                                   scores_of)
+from minillm.data.instructions import in_a_sentence
 from minillm.engine import Engine
+from minillm.model.families import preset
+from minillm.model.huggingface import CheckpointError, save_pretrained
 from minillm.model.transformer import Transformer
 
 
@@ -84,7 +89,7 @@ def test_it_learns_which_answers_are_preferred_and_is_right_about_new_ones():
     """
     def styles(count, seed, split):
         return [pair for pair in pairs(8 * count, seed, split)
-                if f"The answer is {pair.chosen}." == pair.rejected or f"The answer is {pair.rejected}." == pair.chosen][:count]
+                if in_a_sentence(pair.chosen) == pair.rejected or in_a_sentence(pair.rejected) == pair.chosen][:count]
 
     batch, new = (pair_batch(TEMPLATE, TOKENIZER, styles(*which)) for which in ((160, 0, "train"), (160, 1, "test")))
     model = Scorer.of(Transformer(MODEL, seed=2))
@@ -97,3 +102,21 @@ def test_it_learns_which_answers_are_preferred_and_is_right_about_new_ones():
     best = sum(pair.probability > 0.5 for pair in styles(160, 1, "test")) / 160  # what knowing the rule would give
     assert 0.8 < best < 0.95
     assert preference_accuracy(model, new) == pytest.approx(best, abs=0.02)  # three pairs of 160
+
+
+@pytest.mark.parametrize("name", ["first", "gpt2"])
+def test_files_are_those_of_hugging_faces_classifiers(name, tmp_path):
+    scorer = Scorer.of(Transformer(preset(name, vocab_size=262, layers=2, width=32, heads=2, context=96), seed=3))
+    torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(0))
+    save_scorer(scorer, tmp_path)
+    ids = torch.randint(0, 262, (3, 20), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(load_scorer(tmp_path)(ids), scorer(ids))
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    scores = torch.cat([theirs(row[None]).logits for row in ids])  # row by row: without a padding token they read the last
+    torch.testing.assert_close(scores, scorer(ids)[:, -1], rtol=1e-4, atol=1e-5)  # float32
+
+
+def test_a_language_model_is_no_reward_model(tmp_path):
+    save_pretrained(Transformer(MODEL, seed=1), tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no score.weight, and a reward model's is \(1, 32\): it is a language model"):
+        load_scorer(tmp_path)

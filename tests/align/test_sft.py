@@ -112,7 +112,7 @@ def test_what_does_not_fit():
         pack([*conversations(1), Rendered([1] * 26, [True] * 26)], 24)
     with pytest.raises(ValueError, match="conversation 0 has no answer"):
         pack([Rendered([1, 2], [True, False])], 24)
-    with pytest.raises(ValueError, match="2 conversations fill 2 rows of 24, fewer than one batch of 4"):
+    with pytest.raises(ValueError, match="2 rows of 24 are fewer than one batch of 4"):
         ConversationLoader([Rendered([1] * 25, [True] * 25)] * 2, 4, 24)
     with pytest.raises(ValueError, match="4 does not divide over 3 ranks"):
         ConversationLoader(conversations(60), 4, 24, ranks=3)

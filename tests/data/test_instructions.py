@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from minillm.data.instructions import (KINDS, TEST_SHARE, Preference, conversation_row, exact_match, instructions,
+from minillm.data.instructions import (ALL, KINDS, TEST_SHARE, Preference, conversation_row, exact_match, instructions,
                                        preference_row, preferences, read_conversations, read_preferences, rule_score, write_jsonl)
 
 
@@ -43,7 +43,7 @@ def test_questions_about_stories_are_answered_by_the_story():
 
 def test_the_seed_settles_everything():
     assert some(40, 1) == some(40, 1) != some(40, 2)
-    assert [one.kind for one in some(8)] == list(KINDS) * 2
+    assert [one.kind for one in some(8)] == list(ALL) * 2
     with pytest.raises(ValueError, match="'maths' is neither a kind"):
         next(instructions(kinds=["maths"]))
     with pytest.raises(ValueError, match="kinds is empty"):

@@ -1,0 +1,263 @@
+"""The stages behind `minillm align`, each from files to files: instruction tuning, comparisons, a reward model, a policy.
+
+    RUN/sft/step-*      the base, tuned on demonstrations          (Trainer)
+    RUN/pairs/*.jsonl   its own answers, two to a question, compared by the rule with noise; train and test
+    RUN/reward/step-*   a scorer on the tuned model's body, trained on those pairs (Trainer)
+    RUN/ppo/step-*      the tuned model, improved: ppo, grpo (Online), or dpo (Trainer, on the pairs)
+
+Every stage goes on from its own newest checkpoint, and returns None when a signal has stopped it early. All run on data ranks too.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from minillm.align.dpo import dpo, with_reference
+from minillm.align.online import Online
+from minillm.align.pairs import Groups, pair_batch
+from minillm.align.reward import Scorer, load_scorer, preference_accuracy, reward_loss, save_scorer, scores_of
+from minillm.align.rollout import log_probs_of, sample
+from minillm.align.sft import ConversationLoader, RowLoader, pack, pad_rows
+from minillm.course.judge import judge, prompts_of, stops, win_rate, words_of
+from minillm.data.instructions import (Instruction, compare, demonstrations, instructions, preference_row, read_preferences, rule_score,
+                                       write_jsonl)
+from minillm.data.loader import evaluation_batches
+from minillm.data.prepare import open_prepared
+from minillm.model.huggingface import load_pretrained
+from minillm.model.transformer import Transformer
+from minillm.progress import bar, say
+from minillm.text.bpe import BPETokenizer
+from minillm.text.chat import Template, render
+from minillm.torch_engine import build_engine
+from minillm.train.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from minillm.train.loss import cross_entropy
+from minillm.train.metrics import Metrics
+from minillm.trainer import Trainer
+
+TRAIN, PROMPTS, COMPARED, MEASURED = 0, 1, 2, 3
+"""Seeds of the questions: of the demonstrations, of the policy's prompts, of the comparisons, and of what is measured."""
+QUESTIONS = 256
+"""Held-out questions that a model is measured on."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every stage needs: the request of the command line, the base's tokenizer, the template, and the ranks."""
+
+    request: object
+    run: Path
+    tokenizer: BPETokenizer
+    template: Template
+    group: object = None
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return stops(self.template, self.tokenizer)
+
+    def questions(self, seed: int, split: str) -> Iterator[Instruction]:
+        """Instructions of the request's kinds."""
+        return instructions(self.request.seed * 1_000 + seed, split, self.request.kinds)
+
+
+def tune(shop: Workshop, base: Path, talk: Callable[[Transformer], dict]) -> bool:
+    """Instruction tuning. talk: asked at three points of the training, so that one sees it learn."""
+    request, context = shop.request, shop.request.context
+    seed = request.seed * 1_000 + TRAIN
+    told = {split: demonstrations(seed, split, request.kinds, request.wordy, request.told) for split in ("train", "test")}
+    rows = {split: [row for row in (render(shop.template, shop.tokenizer, messages) for messages in islice(told[split], count))
+                    if len(row.ids) - 1 <= context] for split, count in (("train", request.demonstrations), ("test", 256))}
+    engine = build_engine(load_pretrained(base), request.sft, request.parallel)
+    loader = ConversationLoader(rows["train"], request.sft.batch_size, context, seed=request.sft.seed, rank=engine.rank, ranks=engine.ranks)
+    steps = request.sft.steps
+    trainer = Trainer(engine, loader, pack(rows["test"], context).split(request.sft.batch_size), shop.run / "sft", tokenizer=shop.tokenizer,
+                      at={step: talk for step in {0, max(1, steps // 2), steps}})
+    say(f"{shop.run / 'sft'}: {len(rows['train']):,} demonstrations, {loader.rows.count:,} tokens of answers in them, {steps:,} steps of "
+        f"{request.sft.batch_size * context:,} tokens")
+    return trainer.train(resume=latest_checkpoint(shop.run / "sft"))
+
+
+def compare_answers(shop: Workshop, tuned: Path) -> bool:
+    """Let the tuned model answer questions twice, and prefer one of each two by the rule, with noise."""
+    model = load_pretrained(tuned).eval()
+    with bar("compare", total=shop.request.pairs + shop.request.held_out_pairs, unit="pair") as moving:
+        for split, count in (("train", shop.request.pairs), ("test", shop.request.held_out_pairs)):
+            found = []
+            for pair in islice(_pairs(shop, model, split), count):
+                found.append(preference_row(pair) | {"probability": round(pair.probability, 4)})
+                moving.update(1)
+            write_jsonl(shop.run / "pairs" / f"{split}.jsonl", found)
+    return True
+
+
+def _pairs(shop: Workshop, model: Transformer, split: str, at_once: int = 128):
+    """Comparisons of two answers that are not the same. Raises: ValueError when the model hardly ever gives two."""
+    questions, draw = shop.questions(COMPARED, split), random.Random(f"comparisons {shop.request.seed} {split}").random
+    generator, asked, found = torch.Generator().manual_seed(shop.request.seed), 0, 0
+    while True:
+        chosen = list(islice(questions, at_once))
+        twice = [prompt for prompt in prompts_of(shop.template, shop.tokenizer, chosen) for _ in range(2)]
+        words = words_of(shop.tokenizer, sample(model, twice, shop.request.max_new_tokens, shop.ends, generator=generator))
+        different = [(one, *pair) for one, pair in zip(chosen, zip(words[::2], words[1::2])) if pair[0] != pair[1]]
+        asked, found = asked + at_once, found + len(different)
+        if asked >= 20 * at_once and found < asked / 100:
+            raise ValueError(f"of {asked:,} questions only {found} had two different answers, so there is nothing to compare: the tuned "
+                             f"model is sure of everything. Tune it for fewer steps, or on harder kinds.")
+        for one, first, second in different:
+            yield compare(one, first, second, draw)
+
+
+def batch_of_pairs(shop: Workshop, split: str) -> Groups:
+    """The comparisons as one batch."""
+    return pair_batch(shop.template, shop.tokenizer, read_preferences(shop.run / "pairs" / f"{split}.jsonl"))
+
+
+def train_reward_model(shop: Workshop, tuned: Path) -> bool:
+    """The reward model, on the tuned model's body."""
+    return _on_pairs(shop, "reward", shop.request.reward, Scorer.of(load_pretrained(tuned)), reward_loss, lambda batch: batch,
+                     save_model=save_scorer, load_model=load_scorer)
+
+
+def train_dpo(shop: Workshop, tuned: Path) -> bool:
+    """DPO from the same pairs; the reference's log-probabilities are worked out once, before."""
+    reference = load_pretrained(tuned).eval()
+    return _on_pairs(shop, "dpo", shop.request.dpo, load_pretrained(tuned), dpo(shop.request.online.beta), partial(with_reference, reference))
+
+
+def _on_pairs(shop: Workshop, name: str, train, model: Transformer, loss, change: Callable[[Groups], Groups], **files) -> bool:
+    """Training on comparisons with the Trainer."""
+    engine = build_engine(model, train, shop.request.parallel, loss=loss)
+    pairs, held_out = (change(batch_of_pairs(shop, which)) for which in ("train", "test"))
+    loader = RowLoader(pairs, train.batch_size, group=2, seed=train.seed, rank=engine.rank, ranks=engine.ranks)
+    say(f"{shop.run / name}: {pairs.count:,} comparisons, {train.steps:,} steps of {train.batch_size // 2}")
+    return Trainer(engine, loader, held_out.split(train.batch_size), shop.run / name, tokenizer=shop.tokenizer,
+                   **files).train(resume=latest_checkpoint(shop.run / name))
+
+
+def judge_reward_model(shop: Workshop, scorer: Scorer) -> dict[str, float]:
+    """On held-out pairs: accuracy, the best that the noise allows, and how far its certainty is from how often it is right."""
+    batch = batch_of_pairs(shop, "test")
+    better, worse = scores_of(scorer.eval(), batch).view(-1, 2).unbind(1)
+    sure = (better - worse).double().sigmoid()  # of the one that was preferred
+    return {"accuracy": round(preference_accuracy(scorer, batch), 4), "calibration_error": round(calibration_error(sure), 4)}
+
+
+SHOWN = 6
+"""Questions whose answers are kept, to be read."""
+
+
+def gain(shop: Workshop, name: str, base: Path, newest: dict[str, Callable[[], Path]]) -> dict:
+    """What a stage that has ended gained, measured on what it has not seen."""
+    if name == "pairs":
+        sure = [pair.probability for pair in read_preferences(shop.run / "pairs" / "test.jsonl")]
+        return {"comparisons": shop.request.pairs, "best_accuracy": round(sum(max(p, 1 - p) for p in sure) / len(sure), 4)}
+    if name == "reward":
+        return judge_reward_model(shop, load_scorer(newest["reward"]()))
+    asked = list(islice(shop.questions(MEASURED, "test"), QUESTIONS))
+    look = partial(judge, tokenizer=shop.tokenizer, template=shop.template, asked=asked, max_new_tokens=shop.request.max_new_tokens)
+    if name == "sft":
+        before, after, more = look(load_pretrained(base)), look(load_pretrained(newest["sft"]())), {}
+    else:
+        tuned, scorer = load_pretrained(newest["sft"]()), latest_checkpoint(shop.run / "reward")
+        scorer = scorer and load_scorer(scorer)
+        before, after = (look(model, reference=tuned, scorer=scorer) for model in (tuned, load_pretrained(newest[name]())))
+        more = {"win_rate": round(win_rate(after.rules, before.rules), 4)}
+    kept = {"before": kept_losses(shop, base if name == "sft" else newest["sft"]()), "after": kept_losses(shop, newest[name]())}
+    return more | {when: judged.numbers() | kept[when] for when, judged in (("before", before), ("after", after))} | {
+        "answers": {"question": [one.question for one in asked[:SHOWN]], "right": [one.answer for one in asked[:SHOWN]],
+                    "before": before.answers[:SHOWN], "after": after.answers[:SHOWN]}}
+
+
+@torch.no_grad()
+def kept_losses(shop: Workshop, folder: Path, rows: int = 64) -> dict[str, float]:
+    """What is left of the fluency that the model had, in nats a token: on held-out stories that it is asked to tell (told_loss), and
+    on the text of its pretraining as it stands there (text_loss), where the run has it."""
+    model, found = load_pretrained(folder).eval(), {}
+    if shop.request.told:
+        told = (talk for talk in demonstrations(shop.request.seed * 1_000 + MEASURED, "test", shop.request.kinds, told=1.0)
+                if talk[0]["content"].startswith("Tell me a story"))
+        batch = pad_rows([render(shop.template, shop.tokenizer, talk) for talk in islice(told, rows)])
+        found["told_loss"] = -float(log_probs_of(model, batch).sum()) / batch.count
+    if (shop.run / "data" / "data.json").exists():
+        batch = next(evaluation_batches(open_prepared(shop.run / "data").val, rows, model.config.context))
+        found["text_loss"] = float(cross_entropy(model(batch.ids), batch.targets)) / batch.count
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def talker(shop: Workshop, count: int = 3) -> Callable[[Transformer], dict]:
+    """For the Trainer's `at`: lets the model answer a few held-out questions, and shows them."""
+    asked = list(islice(shop.questions(MEASURED, "test"), count))
+
+    def talk(model: Transformer) -> dict:
+        prompts = prompts_of(shop.template, shop.tokenizer, asked)
+        words = words_of(shop.tokenizer, sample(model.eval(), prompts, shop.request.max_new_tokens, shop.ends, greedy=True))
+        say("\n" + "\n".join(f"  {one.question}  ->  {answer!r}" for one, answer in zip(asked, words)) + "\n")
+        return {"answers": words}
+    return talk
+
+
+def calibration_error(probabilities: torch.Tensor, bins: int = 5) -> float:
+    """Expected calibration error of pairwise predictions. probabilities (N,): given to what was really preferred.
+
+    A prediction of 0.2 for it was a certainty of 0.8 in the other, and wrong. Within bins of certainty from 0.5 to 1, the
+    distance between the mean certainty and the share of right ones, weighted by their number. Source: arXiv:1706.04599 §2.
+    """
+    certainty, right = torch.maximum(probabilities, 1 - probabilities), (probabilities > 0.5).double()
+    which = ((certainty - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = [(certainty[which == b].mean() - right[which == b].mean()).abs() * (which == b).sum() for b in range(bins) if (which == b).any()]
+    return float(sum(gaps) / len(probabilities))
+
+
+def improve_policy(shop: Workshop, tuned: Path, judge_of: Path | None, stop: Callable[[], bool]) -> bool:
+    """PPO or GRPO: rounds of asking and learning. judge_of: the reward model's files; without one the reward is the rule itself,
+    which a program checks."""
+    request, scorer = shop.request, judge_of and load_scorer(judge_of).eval()
+    config, folder = request.online, shop.run / request.method
+    critic = copy.deepcopy(scorer) if request.method == "ppo" else None
+
+    def reward(asked, rollouts):
+        if scorer is not None:
+            return scores_of(scorer, rollouts.batch)
+        return torch.tensor([rule_score(one, words) for one, words in zip(asked, words_of(shop.tokenizer, rollouts))])
+
+    online = Online(load_pretrained(tuned), load_pretrained(tuned), reward, shop.ends, config, request.policy, request.parallel,
+                    critic=critic, critic_train=request.critic)
+    if newest := latest_checkpoint(folder):
+        online.policy.load_weights(load_pretrained(newest).state_dict())
+        online.load_state_dict(load_checkpoint(newest).tensors)
+    engine = online.policy
+    metrics = Metrics(folder / "metrics.jsonl", resume_at=online.rounds_done) if engine.first else None
+    say(f"{folder}: {config.rounds:,} rounds of {config.prompts} prompts with {config.answers} answers each")
+    questions = islice(shop.questions(PROMPTS, "train"), online.rounds_done * config.prompts, None)
+    with bar(request.method, total=config.rounds, unit="round", start=online.rounds_done) as moving, closing(metrics) if metrics else nullcontext():
+        while online.rounds_done < config.rounds and not (stopped := engine.any_rank(stop())):
+            asked = list(islice(questions, config.prompts))
+            found = online.round(prompts_of(shop.template, shop.tokenizer, asked), asked)
+            if metrics:
+                metrics.write(online.rounds_done, **found)
+            moving.set_postfix_str(f"reward {found['reward']:.3f}, KL {found['kl']:.2f} nats")
+            moving.update(1)
+            if online.rounds_done % request.policy.checkpoint_every == 0 or online.rounds_done == config.rounds:
+                _save(shop, online, folder)
+    if online.rounds_done < config.rounds and stopped:
+        _save(shop, online, folder)
+    return online.rounds_done >= config.rounds
+
+
+def _save(shop: Workshop, online: Online, folder: Path) -> None:
+    """A checkpoint of this round."""
+    engine = online.policy
+    whole = (engine.whole_model(), online.state_dict()) if engine.saves else ()
+
+    def write():
+        notes = {"step": online.rounds_done, "online": asdict(online.config), "train": asdict(engine.config), "model": asdict(engine.model.config)}
+        save_checkpoint(folder / f"step-{online.rounds_done:06d}", whole[0], whole[1], notes, shop.tokenizer.save)
+        prune(folder, engine.config.keep)
+    engine.on_first(write)

@@ -1,0 +1,130 @@
+"""The outer loop: it learns, the price of KL holds it, it goes on bit for bit, and ranks agree."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from answers import MODEL, PLAN
+from ranks import functions_travel_by_value  # noqa: F401  a fixture
+
+from minillm.align.online import Online, OnlineConfig, distance_from
+from minillm.align.ppo import whiten
+from minillm.align.reward import Scorer
+from minillm.align.rollout import sample
+from minillm.config import ParallelConfig
+from minillm.model.transformer import Transformer
+from minillm.parallel.launch import launch
+from minillm.peft.lora import LoraConfig, add_lora
+
+CONFIG = OnlineConfig(rounds=12, prompts=8, answers=4, epochs=2, max_new_tokens=6, beta=0.02)
+TRAIN = replace(PLAN, batch_size=16, lr=1e-2, steps=CONFIG.steps(16), warmup_steps=2)
+PROMPTS = [[5, 6, 7], [8, 9], [10], [11, 12, 13, 14]] * 2
+
+
+def even(asked, rollouts):
+    """The share of even tokens, which is 1/2 by chance; what was asked belongs to its answer."""
+    assert [prompt[0] for prompt in asked] == rollouts.batch.ids[:, 0].tolist()
+    return torch.tensor([sum(token % 2 == 0 for token in answer) / 6 for answer in rollouts.answers])
+
+
+def made(critic=True, config=CONFIG, parallel=ParallelConfig(), model=None, **changes):
+    reference = Transformer(MODEL, seed=2)
+    return Online(model or copy.deepcopy(reference), reference, even, (), config, replace(TRAIN, **changes), parallel,
+                  critic=Scorer.of(reference) if critic else None)
+
+
+def rounds(online, count):
+    return [online.round(PROMPTS, PROMPTS) for _ in range(count)]
+
+
+@pytest.mark.parametrize("critic", [True, False], ids=["ppo", "grpo"])
+def test_it_learns_what_is_rewarded(critic):
+    online = made(critic)
+    found = rounds(online, 12)
+    assert found[0]["reward"] == pytest.approx(0.5, abs=0.1) and found[-1]["reward"] > 0.7
+    assert found[0]["kl"] == 0 and found[-1]["kl"] > 0.5 and ("critic_loss" in found[0]) == critic
+    assert all(round_["length"] == 6 and round_["finished"] == 0 and round_["tokens"] == 8 * 4 * 6 for round_ in found)
+    fresh = sample(online.policy.model, PROMPTS, 6, (), generator=torch.Generator().manual_seed(9))
+    assert distance_from(online.reference, fresh) > 0.5  # the reference stays where it was
+
+
+def test_the_reference_and_the_caller_s_critic_stay_as_they_are():
+    online = made()
+    before = copy.deepcopy(online.reference.state_dict())
+    rounds(online, 2)
+    assert all(torch.equal(before[name], weight) for name, weight in online.reference.state_dict().items())
+
+
+@pytest.mark.parametrize("critic", [True, False], ids=["ppo", "grpo"])
+def test_a_price_on_distance_holds_it_back(critic):
+    gone = [rounds(made(critic, replace(CONFIG, beta=beta)), 10)[-1]["kl"] for beta in (0.0, 2.0)]
+    assert gone[0] > 2 * gone[1]
+
+
+def test_the_price_is_steered():
+    near, far = ([round_["beta"] for round_ in rounds(made(config=replace(CONFIG, target_kl=target)), 4)] for target in (1e-4, 50.0))
+    assert near[1:] == sorted(near[1:]) and near[-1] > near[1] and far == sorted(far, reverse=True) and far[-1] < far[0]
+
+
+@pytest.mark.parametrize("critic", [True, False], ids=["ppo", "grpo"])
+def test_stopped_after_two_rounds_it_goes_on_to_the_same_numbers(critic):
+    def numbers(found):
+        return [{name: value for name, value in round_.items() if not name.startswith("seconds")} for round_ in found]
+    whole = made(critic)
+    wanted = numbers(rounds(whole, 4))
+    first, again = made(critic), made(critic)
+    assert numbers(rounds(first, 2)) == wanted[:2]
+    again.policy.load_weights(first.policy.whole_model().state_dict())
+    again.load_state_dict(first.state_dict())
+    assert numbers(rounds(again, 2)) == wanted[2:]
+    assert all(torch.equal(a, b) for a, b in zip(again.policy.weights.values(), whole.policy.weights.values(), strict=True))
+
+
+def test_an_adapter_learns_and_its_base_does_not():
+    policy = Transformer(MODEL, seed=2)
+    torch.nn.init.normal_(policy.embed.weight, std=0.3, generator=torch.Generator().manual_seed(1))  # frozen, so it has to be heard
+    add_lora(policy, LoraConfig(rank=8, targets=("attention.*", "ffn.*")), seed=0)
+    online = made(critic=False, model=policy, lr=3e-2)
+    frozen = {name: weight.clone() for name, weight in policy.named_parameters() if not weight.requires_grad}
+    assert rounds(online, 12)[-1]["reward"] > 0.6
+    assert frozen and all(torch.equal(dict(policy.named_parameters())[name], weight) for name, weight in frozen.items())
+
+
+def on_ranks(me):
+    found = {}
+    for name, parallel, critic in (("ppo", ParallelConfig(dp=2), True), ("zero", ParallelConfig(dp=2, zero=2), True),
+                                   ("grpo", ParallelConfig(dp=2), False)):
+        online = made(critic, parallel=parallel)
+        last = rounds(online, 8)[-1]
+        found[name] = (last["reward"], last["kl"], {key: weight.detach().clone() for key, weight in online.policy.model.named_parameters()})
+    values = torch.arange(12.0, dtype=torch.float64).view(2, 6).square()
+    mask = torch.arange(6) < torch.tensor([[4], [6]])
+    found["white"] = whiten(values[me.rank:me.rank + 1], mask[me.rank:me.rank + 1], me.group)
+    found["white alone"] = whiten(values, mask)[me.rank:me.rank + 1]
+    return found
+
+
+def test_ranks_share_a_round_and_end_with_the_same_policy():
+    first, second = launch(on_ranks, 2, backend="gloo")
+    for name in ("ppo", "zero", "grpo"):
+        assert first[name][:2] == second[name][:2] and first[name][0] > 0.55
+        for key, weight in first[name][2].items():
+            assert torch.equal(weight, second[name][2][key])
+    for key, weight in first["ppo"][2].items():  # float32: ZeRO-2 adds the ranks' gradients in another order
+        torch.testing.assert_close(weight, first["zero"][2][key], rtol=1e-3, atol=1e-4)
+    for rank in (first, second):  # float64, sums in another order
+        torch.testing.assert_close(rank["white"], rank["white alone"], rtol=1e-12, atol=1e-12)
+
+
+def test_what_cannot_work_is_refused():
+    with pytest.raises(ValueError, match="8 prompts with 4 answers each make 32, which do not divide into minibatches of 12"):
+        made(batch_size=12)
+    with pytest.raises(ValueError, match="answers = 1, target_kl = None without a critic"):
+        made(critic=False, config=replace(CONFIG, answers=1), batch_size=8)
+    with pytest.raises(ValueError, match="zero = 3.*every rank needs the whole policy"):
+        made(parallel=ParallelConfig(dp=2, zero=3))
+    with pytest.raises(ValueError, match="7 prompts with 8 askers, and a round has 8"):
+        made().round(PROMPTS[:7], PROMPTS)
+    with pytest.raises(ValueError, match="epochs = 0: must be at least 1"):
+        replace(CONFIG, epochs=0)

@@ -41,8 +41,8 @@ pretrained: .venv/ready     ## train the course's own checkpoints again
 experiments: .venv/ready   ## run the long comparisons again that lessons draw (about an hour on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m minillm.course.experiments positions families scaling spikes staleness tuning classifying
 
-bench: .venv/ready-to-test  ## side by side with other libraries: tokenizers, training, generation, growth, parallel, grading
-	@for name in tokenization training generation growth parallel grading; do OMP_NUM_THREADS=1 $(PY) benchmarks/$$name.py || exit 1; done
+bench: .venv/ready-to-test  ## side by side with other libraries: tokenizers, training, generation, growth, parallel, alignment, grading
+	@for name in tokenization training generation growth parallel alignment grading; do OMP_NUM_THREADS=1 $(PY) benchmarks/$$name.py || exit 1; done
 
 clean:          ## remove the environment, caches and build files; runs/ stays
 	rm -rf .venv build minillm.egg-info .pytest_cache .hypothesis

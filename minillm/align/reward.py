@@ -93,9 +93,9 @@ def save_scorer(scorer: Scorer, folder: str | Path) -> None:
     save_tensors(folder / "model.safetensors", tensors)
 
 
-def load_scorer(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Scorer:
+def load_scorer(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Scorer:
     """The reward model of a folder. Raises: CheckpointError for what is none, or as `load_pretrained`."""
-    scorer = Scorer.of(load_pretrained(folder, dtype=dtype, without=(HEAD,)))
+    scorer = Scorer.of(load_pretrained(folder, dtype=dtype, device=device, without=(HEAD,)))
     head = load_tensors(Path(folder) / "model.safetensors").get(HEAD)
     if head is None or head.shape != scorer.head.weight.shape:
         found = "no" if head is None else f"a {tuple(head.shape)}"

@@ -35,6 +35,10 @@ class Align:
     stops after instruction tuning, from which every other method goes on."""
     kinds: tuple[str, ...] = ("add",)
     """What is asked: add (56+21=), sum (differences, too), sort, reverse, story."""
+    conversations: str | None = None
+    """Your own instead: a JSONL file, or hf:owner/name, in one of the usual layouts; one of eight is kept for measuring."""
+    preferences: str | None = None
+    """Your own comparisons instead of those of the model's answers; JSONL or hf:owner/name with prompt, chosen and rejected."""
     demonstrations: int = 30_000
     """Conversations to be tuned on."""
     wordy: float = 0.25
@@ -135,7 +139,7 @@ def _check_finished(base: Path) -> None:
                          f"began it finish first.")
 
 
-READS = {"sft": ("kinds", "demonstrations", "wordy", "told", "context", "sft", "seed"), "pairs": ("pairs", "held_out_pairs", "max_new_tokens"),
+READS = {"sft": ("kinds", "conversations", "demonstrations", "wordy", "told", "context", "sft", "seed"), "pairs": ("preferences", "pairs", "held_out_pairs", "max_new_tokens"),
          "reward": ("reward",), "ppo": ("policy", "critic", "online"), "grpo": ("policy", "online"), "dpo": ("dpo",)}
 """The options that a stage depends on; what those before it depend on is settled by then."""
 

@@ -5,17 +5,19 @@
     RUN/reward/step-*   a scorer on the tuned model's body, trained on those pairs (Trainer)
     RUN/ppo/step-*      the tuned model, improved: ppo, grpo (Online), or dpo (Trainer, on the pairs)
 
-Every stage goes on from its own newest checkpoint, and returns None when a signal has stopped it early. All run on data ranks too.
+Every stage goes on from its own newest checkpoint, and returns False when a signal has stopped it early. All run on data ranks too.
 """
 
 import copy
+import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -26,10 +28,11 @@ from minillm.align.reward import Scorer, load_scorer, preference_accuracy, rewar
 from minillm.align.rollout import log_probs_of, sample
 from minillm.align.sft import ConversationLoader, RowLoader, pack, pad_rows
 from minillm.course.judge import judge, prompts_of, stops, win_rate, words_of
-from minillm.data.instructions import (Instruction, compare, demonstrations, instructions, preference_row, read_preferences, rule_score,
-                                       write_jsonl)
+from minillm.data.instructions import (Instruction, asked_in, compare, demonstrations, instructions, preference_row, read_conversations,
+                                       read_preferences, rule_score, write_jsonl)
 from minillm.data.loader import evaluation_batches
 from minillm.data.prepare import open_prepared
+from minillm.engine import choose_device
 from minillm.model.huggingface import load_pretrained
 from minillm.model.transformer import Transformer
 from minillm.progress import bar, say
@@ -38,7 +41,7 @@ from minillm.text.chat import Template, render
 from minillm.torch_engine import build_engine
 from minillm.train.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from minillm.train.loss import cross_entropy
-from minillm.train.metrics import Metrics
+from minillm.train.metrics import Metrics, read_metrics
 from minillm.trainer import Trainer
 
 TRAIN, PROMPTS, COMPARED, MEASURED = 0, 1, 2, 3
@@ -63,17 +66,37 @@ class Workshop:
         return stops(self.template, self.tokenizer)
 
     def questions(self, seed: int, split: str) -> Iterator[Instruction]:
-        """Instructions of the request's kinds."""
-        return instructions(self.request.seed * 1_000 + seed, split, self.request.kinds)
+        """Instructions of the request's kinds, or those of its file, over and over, in an order that follows from the seed."""
+        seed += self.request.seed * 1_000
+        if self.request.conversations is None:
+            return instructions(seed, split, self.request.kinds)
+        asked = asked_in(read_conversations(self.request.conversations), split)
+        random.Random(f"order {seed}").shuffle(asked)
+        return cycle(asked)
+
+    def talks(self, split: str, count: int) -> list[list[dict[str, str]]]:
+        """Conversations to learn from: made, or at most as many from the file."""
+        if self.request.conversations is None:
+            seed = self.request.seed * 1_000 + TRAIN
+            return list(islice(demonstrations(seed, split, self.request.kinds, self.request.wordy, self.request.told), count))
+        return [one.messages for one in asked_in(read_conversations(self.request.conversations), split)[:count]]
+
+    def load(self, folder: Path) -> Transformer:
+        """A model, where the training is."""
+        return load_pretrained(folder, device=choose_device(self.request.sft.device))
+
+    def load_scorer(self, folder: Path) -> Scorer:
+        """A reward model, there too."""
+        return load_scorer(folder, device=choose_device(self.request.sft.device)).eval()
 
 
 def tune(shop: Workshop, base: Path, talk: Callable[[Transformer], dict]) -> bool:
     """Instruction tuning. talk: asked at three points of the training, so that one sees it learn."""
     request, context = shop.request, shop.request.context
-    seed = request.seed * 1_000 + TRAIN
-    told = {split: demonstrations(seed, split, request.kinds, request.wordy, request.told) for split in ("train", "test")}
-    rows = {split: [row for row in (render(shop.template, shop.tokenizer, messages) for messages in islice(told[split], count))
+    rows = {split: [row for row in (render(shop.template, shop.tokenizer, talk) for talk in shop.talks(split, count))
                     if len(row.ids) - 1 <= context] for split, count in (("train", request.demonstrations), ("test", 256))}
+    if not all(rows.values()):
+        raise ValueError(f"no conversation fits a context of {context} tokens. Use a longer --context.")
     engine = build_engine(load_pretrained(base), request.sft, request.parallel)
     loader = ConversationLoader(rows["train"], request.sft.batch_size, context, seed=request.sft.seed, rank=engine.rank, ranks=engine.ranks)
     steps = request.sft.steps
@@ -86,7 +109,9 @@ def tune(shop: Workshop, base: Path, talk: Callable[[Transformer], dict]) -> boo
 
 def compare_answers(shop: Workshop, tuned: Path) -> bool:
     """Let the tuned model answer questions twice, and prefer one of each two by the rule, with noise."""
-    model = load_pretrained(tuned).eval()
+    if shop.request.preferences is not None:
+        return _given_pairs(shop)
+    model = shop.load(tuned).eval()
     with bar("compare", total=shop.request.pairs + shop.request.held_out_pairs, unit="pair") as moving:
         for split, count in (("train", shop.request.pairs), ("test", shop.request.held_out_pairs)):
             found = []
@@ -97,10 +122,24 @@ def compare_answers(shop: Workshop, tuned: Path) -> bool:
     return True
 
 
+def _given_pairs(shop: Workshop) -> bool:
+    """The comparisons of the request's file: those whose prompt a hash keeps for the test, and the others."""
+    found = {"train": [], "test": []}
+    for pair in read_preferences(shop.request.preferences):
+        asked = Instruction("file", "", "", json.dumps(pair.prompt, ensure_ascii=False))
+        found["test" if asked.held_out else "train"].append(preference_row(pair))
+    for split, rows in found.items():
+        if not rows:
+            raise ValueError(f"{shop.request.preferences} has no comparison for the split {split!r}, which a hash of the prompt decides: use more.")
+        write_jsonl(shop.run / "pairs" / f"{split}.jsonl", rows)
+    return True
+
+
 def _pairs(shop: Workshop, model: Transformer, split: str, at_once: int = 128):
     """Comparisons of two answers that are not the same. Raises: ValueError when the model hardly ever gives two."""
     questions, draw = shop.questions(COMPARED, split), random.Random(f"comparisons {shop.request.seed} {split}").random
-    generator, asked, found = torch.Generator().manual_seed(shop.request.seed), 0, 0
+    generator = torch.Generator(model.embed.weight.device).manual_seed(shop.request.seed)
+    asked = found = 0
     while True:
         chosen = list(islice(questions, at_once))
         twice = [prompt for prompt in prompts_of(shop.template, shop.tokenizer, chosen) for _ in range(2)]
@@ -121,14 +160,14 @@ def batch_of_pairs(shop: Workshop, split: str) -> Groups:
 
 def train_reward_model(shop: Workshop, tuned: Path) -> bool:
     """The reward model, on the tuned model's body."""
-    return _on_pairs(shop, "reward", shop.request.reward, Scorer.of(load_pretrained(tuned)), reward_loss, lambda batch: batch,
+    return _on_pairs(shop, "reward", shop.request.reward, Scorer.of(shop.load(tuned)), reward_loss, lambda batch: batch,
                      save_model=save_scorer, load_model=load_scorer)
 
 
 def train_dpo(shop: Workshop, tuned: Path) -> bool:
     """DPO from the same pairs; the reference's log-probabilities are worked out once, before."""
-    reference = load_pretrained(tuned).eval()
-    return _on_pairs(shop, "dpo", shop.request.dpo, load_pretrained(tuned), dpo(shop.request.online.beta), partial(with_reference, reference))
+    reference = shop.load(tuned).eval()
+    return _on_pairs(shop, "dpo", shop.request.dpo, shop.load(tuned), dpo(shop.request.online.beta), partial(with_reference, reference))
 
 
 def _on_pairs(shop: Workshop, name: str, train, model: Transformer, loss, change: Callable[[Groups], Groups], **files) -> bool:
@@ -159,34 +198,43 @@ def gain(shop: Workshop, name: str, base: Path, newest: dict[str, Callable[[], P
         sure = [pair.probability for pair in read_preferences(shop.run / "pairs" / "test.jsonl")]
         return {"comparisons": shop.request.pairs, "best_accuracy": round(sum(max(p, 1 - p) for p in sure) / len(sure), 4)}
     if name == "reward":
-        return judge_reward_model(shop, load_scorer(newest["reward"]()))
+        return judge_reward_model(shop, shop.load_scorer(newest["reward"]())) | pace(shop.run / name)
     asked = list(islice(shop.questions(MEASURED, "test"), QUESTIONS))
     look = partial(judge, tokenizer=shop.tokenizer, template=shop.template, asked=asked, max_new_tokens=shop.request.max_new_tokens)
     if name == "sft":
-        before, after, more = look(load_pretrained(base)), look(load_pretrained(newest["sft"]())), {}
+        before, after, more = look(shop.load(base)), look(shop.load(newest["sft"]())), {}
     else:
-        tuned, scorer = load_pretrained(newest["sft"]()), latest_checkpoint(shop.run / "reward")
-        scorer = scorer and load_scorer(scorer)
-        before, after = (look(model, reference=tuned, scorer=scorer) for model in (tuned, load_pretrained(newest[name]())))
+        tuned, scorer = shop.load(newest["sft"]()), latest_checkpoint(shop.run / "reward")
+        scorer = scorer and shop.load_scorer(scorer)
+        before, after = (look(model, reference=tuned, scorer=scorer) for model in (tuned, shop.load(newest[name]())))
         more = {"win_rate": round(win_rate(after.rules, before.rules), 4)}
     kept = {"before": kept_losses(shop, base if name == "sft" else newest["sft"]()), "after": kept_losses(shop, newest[name]())}
-    return more | {when: judged.numbers() | kept[when] for when, judged in (("before", before), ("after", after))} | {
+    return more | pace(shop.run / name) | {when: judged.numbers() | kept[when] for when, judged in (("before", before), ("after", after))} | {
         "answers": {"question": [one.question for one in asked[:SHOWN]], "right": [one.answer for one in asked[:SHOWN]],
                     "before": before.answers[:SHOWN], "after": after.answers[:SHOWN]}}
+
+
+def pace(folder: Path) -> dict[str, float]:
+    """Medians of a stage's own metrics: tokens a second of its rows, or what the parts of a round take."""
+    records, found = read_metrics(folder / "metrics.jsonl"), {}
+    for key in ("tokens_per_second", "seconds_generate", "seconds_score", "seconds_update"):
+        if values := [record[key] for record in records if key in record]:
+            found[key] = median(values)
+    return found
 
 
 @torch.no_grad()
 def kept_losses(shop: Workshop, folder: Path, rows: int = 64) -> dict[str, float]:
     """What is left of the fluency that the model had, in nats a token: on held-out stories that it is asked to tell (told_loss), and
     on the text of its pretraining as it stands there (text_loss), where the run has it."""
-    model, found = load_pretrained(folder).eval(), {}
-    if shop.request.told:
+    model, found = shop.load(folder).eval(), {}
+    if shop.request.told and shop.request.conversations is None:
         told = (talk for talk in demonstrations(shop.request.seed * 1_000 + MEASURED, "test", shop.request.kinds, told=1.0)
                 if talk[0]["content"].startswith("Tell me a story"))
         batch = pad_rows([render(shop.template, shop.tokenizer, talk) for talk in islice(told, rows)])
         found["told_loss"] = -float(log_probs_of(model, batch).sum()) / batch.count
     if (shop.run / "data" / "data.json").exists():
-        batch = next(evaluation_batches(open_prepared(shop.run / "data").val, rows, model.config.context))
+        batch = next(evaluation_batches(open_prepared(shop.run / "data").val, rows, model.config.context)).to(model.embed.weight.device)
         found["text_loss"] = float(cross_entropy(model(batch.ids), batch.targets)) / batch.count
     return {name: round(value, 4) for name, value in found.items()}
 
@@ -218,7 +266,7 @@ def calibration_error(probabilities: torch.Tensor, bins: int = 5) -> float:
 def improve_policy(shop: Workshop, tuned: Path, judge_of: Path | None, stop: Callable[[], bool]) -> bool:
     """PPO or GRPO: rounds of asking and learning. judge_of: the reward model's files; without one the reward is the rule itself,
     which a program checks."""
-    request, scorer = shop.request, judge_of and load_scorer(judge_of).eval()
+    request, scorer = shop.request, judge_of and shop.load_scorer(judge_of)
     config, folder = request.online, shop.run / request.method
     critic = copy.deepcopy(scorer) if request.method == "ppo" else None
 
@@ -227,10 +275,10 @@ def improve_policy(shop: Workshop, tuned: Path, judge_of: Path | None, stop: Cal
             return scores_of(scorer, rollouts.batch)
         return torch.tensor([rule_score(one, words) for one, words in zip(asked, words_of(shop.tokenizer, rollouts))])
 
-    online = Online(load_pretrained(tuned), load_pretrained(tuned), reward, shop.ends, config, request.policy, request.parallel,
+    online = Online(shop.load(tuned), shop.load(tuned), reward, shop.ends, config, request.policy, request.parallel,
                     critic=critic, critic_train=request.critic)
     if newest := latest_checkpoint(folder):
-        online.policy.load_weights(load_pretrained(newest).state_dict())
+        online.policy.load_weights(shop.load(newest).state_dict())
         online.load_state_dict(load_checkpoint(newest).tensors)
     engine = online.policy
     metrics = Metrics(folder / "metrics.jsonl", resume_at=online.rounds_done) if engine.first else None

@@ -39,7 +39,7 @@ class Judged:
 
 def prompts_of(template: Template, tokenizer, asked: Sequence[Instruction]) -> list[list[int]]:
     """Each instruction as ids that end where the answer begins."""
-    return [render(template, tokenizer, one.messages[:1], prompt=True).ids for one in asked]
+    return [render(template, tokenizer, one.messages[:-1], prompt=True).ids for one in asked]
 
 
 def stops(template: Template, tokenizer) -> tuple[int, ...]:

@@ -174,7 +174,18 @@ def _text_of(line: str, where: str) -> str:
 
 
 def _hugging_face(name: str) -> Iterator[Document]:
-    """hf:owner/name[:config][:split], or hf:json:FILE and the other builders of `datasets` over a local file."""
+    """A document for each row's "text"."""
+    for number, row in enumerate(hugging_face_rows(name)):
+        if "text" not in row:
+            raise ValueError(f"hf:{name}: row {number} has no \"text\" but {sorted(row)}.")
+        yield Document(row["text"], f"hf:{name}:{number}")
+
+
+def hugging_face_rows(name: str) -> Iterable[dict]:
+    """owner/name[:config][:split], or json:FILE and the other builders of `datasets` over a local file.
+
+    Raises: ImportError and ConnectionError without the package or the network.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
@@ -183,13 +194,8 @@ def _hugging_face(name: str) -> Iterator[Document]:
     local = rest and Path(rest[0]).exists()
     try:
         if local:
-            rows = load_dataset(path, data_files=rest[0], split="train")
-        else:
-            rows = load_dataset(path, *rest[:1], split=rest[1] if len(rest) > 1 else "train", streaming=True)
+            return load_dataset(path, data_files=rest[0], split="train")
+        return load_dataset(path, *rest[:1], split=rest[1] if len(rest) > 1 else "train", streaming=True)
     except Exception as error:
         raise ConnectionError(f"hf:{name} could not be loaded: {error}. Check the name and the network, or use a local "
                               f"file.") from error
-    for number, row in enumerate(rows):
-        if "text" not in row:
-            raise ValueError(f"hf:{name}: row {number} has no \"text\" but {sorted(row)}.")
-        yield Document(row["text"], f"hf:{name}:{number}")

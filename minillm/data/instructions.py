@@ -3,7 +3,7 @@
 Everything follows from a seed. A question belongs to training or to the test by what it asks, not by how it is put: 56+21,
 21+56 and 77-21 are one fact, so all of them are on the same side, under every seed and phrasing. Answers are checked by exact
 match. Preferences come from a stated rule (`rule_score`) with noise of a known size, so the accuracy of a perfect reward model is
-known too. Left out: open questions, which would need a judge. Files: JSON lines in the layouts that TRL and others read.
+known too. Left out: open questions, which would need a judge. Files: JSON lines in the layouts that TRL and others read, which also become instructions.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from minillm.data.corpora import hugging_face_rows
 from minillm.data.stories import grammar, stories
 from minillm.files import write_atomically
 
@@ -42,6 +43,18 @@ class Instruction:
     def messages(self) -> list[dict[str, str]]:
         """The conversation."""
         return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
+
+
+@dataclass(frozen=True)
+class Dialogue(Instruction):
+    """The last question of a conversation from elsewhere. history: what was said before it."""
+
+    history: tuple[dict[str, str], ...] = ()
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation."""
+        return [*self.history, *super().messages]
 
 
 @dataclass(frozen=True)
@@ -187,7 +200,7 @@ def compare(asked: Instruction, first: str, second: str, draw: Draw, beta: float
     likely = 1 / (1 + math.exp(-min(beta, 300) * gap))  # gaps are at most 2, and exp(710) is no float any more
     if draw() >= likely:
         first, second, likely = second, first, 1 - likely
-    return Preference(asked.messages[:1], first, second, likely)
+    return Preference(asked.messages[:-1], first, second, likely)
 
 
 def _answers(right: Instruction, draw: Draw) -> list[str]:
@@ -219,10 +232,39 @@ def preference_row(pair: Preference) -> dict:
 
 
 def read_conversations(path: str | Path) -> list[list[dict[str, str]]]:
-    """Lines with `messages`, or with `prompt` and `completion` as texts or messages. Raises: ValueError with the line."""
+    """A JSONL file's or (hf:owner/name) a Hugging Face dataset's conversations, in any of four layouts: `messages`; `prompt` and
+    `completion`, as texts or messages; Alpaca's `instruction`, `input` and `output`; ShareGPT's `conversations`.
+
+    Raises: ValueError with the line.
+    """
     def messages(row: dict) -> list:
+        if "conversations" in row:
+            roles = {"human": "user", "gpt": "assistant"}
+            return [{"role": roles.get(said["from"], said["from"]), "content": said["value"]} for said in row["conversations"]]
+        if "instruction" in row:
+            asked = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+            return _said(asked, "user") + _said(row["output"], "assistant")
         return row["messages"] if "messages" in row else _said(row["prompt"], "user") + _said(row["completion"], "assistant")
-    return _read(path, messages, "messages, or prompt and completion")
+    return _read(path, messages, "messages, conversations, prompt and completion, or instruction and output")
+
+
+def asked_in(conversations: Iterable[Sequence[Mapping]], split: str) -> list[Dialogue]:
+    """What conversations ask last, with the answer that they give; of one split, by a hash of all before the answer.
+
+    Raises: ValueError for a conversation that does not end with a question and its answer, or a split that is left empty.
+    """
+    found = []
+    for number, talk in enumerate(conversations):
+        if [message["role"] for message in talk[-2:]] != ["user", "assistant"]:
+            raise ValueError(f"conversation {number} ends with {[message['role'] for message in talk[-2:]]}: expected a user's message and "
+                             f"the assistant's answer.")
+        fact = json.dumps(list(talk[:-1]), ensure_ascii=False)
+        one = Dialogue("file", talk[-2]["content"], talk[-1]["content"], fact, tuple(map(dict, talk[:-2])))
+        found += [one] if one.held_out == (split == "test") else []
+    if not found:
+        raise ValueError(f"none of the conversations is in the split {split!r}, which a hash decides: one of {TEST_SHARE} is kept for the "
+                         f"test. Use more of them.")
+    return found
 
 
 def read_preferences(path: str | Path) -> list[Preference]:
@@ -245,7 +287,11 @@ def _said(words: str | list, role: str) -> list[dict[str, str]]:
 def _read(path: str | Path, read: Callable[[dict], object], expected: str) -> list:
     """Every line that is not empty, read. Raises: ValueError that names the file and the line."""
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    if str(path).startswith("hf:"):
+        lines = map(json.dumps, hugging_face_rows(str(path)[3:]))
+    else:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 found.append(read(json.loads(line)))

@@ -14,7 +14,7 @@ from minillm.cli import main
 from minillm.course.align import talking_model
 from minillm.course.align_stages import calibration_error
 from minillm.course.judge import judge, win_rate
-from minillm.data.instructions import instructions, read_preferences
+from minillm.data.instructions import conversation_row, instructions, read_preferences, write_jsonl
 from minillm.model.huggingface import load_pretrained
 from minillm.progress import show_progress
 from minillm.text.bpe import BPETokenizer
@@ -68,6 +68,7 @@ def test_every_stage_gained(done):
     assert found["ppo"]["reward_after"] > found["ppo"]["reward_before"] + 0.02 and found["ppo"]["kl_before"] == 0
     assert 0 < found["ppo"]["kl_after"] < 1 and found["ppo"]["rule_after"] > found["ppo"]["rule_before"] - 0.05
     assert abs(found["ppo"]["text_loss_after"] - found["ppo"]["text_loss_before"]) < 0.3
+    assert all(found[stage]["seconds"] > 0 for stage in found) and found["sft"]["tokens_per_second"] > 0 < found["ppo"]["seconds_update"]
     assert found["ppo"]["finished_after"] > 0.7 and 0.4 < found["ppo"]["win_rate"] < 0.7
 
 
@@ -159,6 +160,22 @@ def test_fresh_keeps_what_was_there(done, capsys):
     assert (folder / "ppo-before-1" / "step-000003").exists() and not (folder / "ppo").exists()
     assert json.loads((folder / "sft" / "request.json").read_text())["sft"]["steps"] == 2
     assert talking_model(folder) == folder / "sft" / "step-000002" and list(gains(folder)) == ["sft"]
+
+
+def test_conversations_and_comparisons_of_ones_own(base, capsys, tmp_path):
+    """Two turns, one of them with a system message; and what is preferred is the longer answer."""
+    words = ["red", "blue", "small", "old", "tall", "green"]
+    talks = [[{"role": "user", "content": f"Say: {a} {b}"}, {"role": "assistant", "content": f"{a} {b}"}] for a in words for b in words]
+    talks += [[{"role": "system", "content": "Echo."}, *talk, *talk] for talk in talks]
+    write_jsonl(tmp_path / "talks.jsonl", map(conversation_row, talks))
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": talk[0]["content"], "chosen": talk[1]["content"] * 2, "rejected": talk[1]["content"]}
+                                           for talk in talks[:36]])
+    own = ["--conversations", tmp_path / "talks.jsonl", "--preferences", tmp_path / "pairs.jsonl", "--context", "64", "--sft.batch-size", "4",
+           "--sft.steps", "20", "--reward.steps", "4", "--reward.batch-size", "16", "--online.rounds", "1"]
+    code, out, err = align(capsys, base, "--out", tmp_path / "own", *own)
+    assert code == 0 and "right, and nothing else" in out, err
+    assert len(read_preferences(tmp_path / "own" / "pairs" / "train.jsonl")) + len(read_preferences(tmp_path / "own" / "pairs" / "test.jsonl")) == 36
+    assert not (tmp_path / "own" / "report.html").exists()
 
 
 @pytest.mark.slow  # two processes, each with imports of its own

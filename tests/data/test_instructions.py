@@ -1,12 +1,14 @@
 import json
 import math
+import random
 import re
 from itertools import islice
 
 import pytest
 
-from minillm.data.instructions import (ALL, KINDS, TEST_SHARE, Preference, conversation_row, exact_match, instructions,
-                                       preference_row, preferences, read_conversations, read_preferences, rule_score, write_jsonl)
+from minillm.data.instructions import (ALL, TEST_SHARE, Preference, asked_in, compare, conversation_row, demonstrations, exact_match,
+                                       instructions, preference_row, preferences, read_conversations, read_preferences, rule_score,
+                                       write_jsonl)
 
 
 def some(count, *args, **options):
@@ -31,6 +33,25 @@ def test_answers_are_right(kind):
     made = some(300, kinds=[kind])
     assert [solved(one) for one in made] == [one.answer for one in made]
     assert len({re.sub(r"\d+", "0", one.question) for one in made}) > 5 and {one.kind for one in made} == {kind}
+
+
+def test_other_kinds():
+    for one in some(200, kinds=["add"]):
+        assert int(one.answer) == sum(int(n) for n in re.findall(r"\d+", one.question))
+    for one in some(200, kinds=["repeat"]):
+        assert one.question == f"Say: {one.answer}"
+    held_out = {one.fact for one in some(2_000, 0, "test", kinds=["add"])}
+    assert not held_out & {one.fact for one in some(2_000, 0, "train", kinds=["sum"])}  # one world: what add keeps, sum keeps
+
+
+def test_demonstrations_have_two_writers_and_tell_stories():
+    talks = list(islice(demonstrations(5, kinds=["add"], wordy=0.25, told=0.1), 2_000))
+    told = [talk for talk in talks if talk[0]["content"].startswith("Tell me a story about a ")]
+    answers = [talk[1]["content"] for talk in talks if talk not in told]
+    assert len(told) / len(answers) == pytest.approx(0.1, abs=0.03)  # four standard errors
+    assert sum(answer.startswith("It is ") for answer in answers) / len(answers) == pytest.approx(0.25, abs=0.04)
+    assert all(talk[0]["content"].split()[-1].rstrip(".") in talk[1]["content"] for talk in told)
+    assert all(talk[1]["content"].count("\n") == 0 for talk in told)
 
 
 def test_questions_about_stories_are_answered_by_the_story():
@@ -116,6 +137,27 @@ def test_preferences_are_read_back_and_other_layouts_too(tmp_path):
     assert read_preferences(tmp_path / "b.jsonl") == [Preference([user], "Ho", "He")] * 2
     write_jsonl(tmp_path / "c.jsonl", [{"prompt": "Hi", "completion": "Ho"}])
     assert read_conversations(tmp_path / "c.jsonl") == [[user, good]]
+
+
+def test_alpacas_and_sharegpts_layouts(tmp_path):
+    user, answer = {"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}
+    said = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Add.\n\n1 2"}, {"from": "gpt", "value": "3"}]
+    write_jsonl(tmp_path / "a.jsonl", [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"conversations": said},
+                                       {"instruction": "Add.\n\n1 2", "input": "", "output": "3"}])
+    assert read_conversations(tmp_path / "a.jsonl") == [[user, answer], [{"role": "system", "content": "Be brief."}, user, answer], [user, answer]]
+
+
+def test_conversations_become_instructions():
+    talks = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": f"{n}?"},
+              {"role": "assistant", "content": f"{n}!"}] for n in range(80)]
+    train, test = (asked_in(talks, split) for split in ("train", "test"))
+    assert len(train) + len(test) == 80 and 3 < len(test) < 20
+    assert sorted((one.messages for one in train + test), key=str) == sorted(talks, key=str)
+    assert exact_match(test[0], test[0].answer) and compare(test[0], test[0].answer, "No", random.Random(0).random).prompt == test[0].messages[:-1]
+    with pytest.raises(ValueError, match="conversation 0 ends with .'assistant', 'user'.: expected"):
+        asked_in([talks[0][:3]], "train")
+    with pytest.raises(ValueError, match="none of the conversations is in the split 'test'"):
+        asked_in(talks[:1] if test[0].messages != talks[0] else talks[1:2], "test")
 
 
 @pytest.mark.parametrize("line, message", [

@@ -1,4 +1,4 @@
-"""The command line: `minillm doctor | data | tokenize | train | finetune | align | sample | evaluate | plan | exercises | check | grade`.
+"""The command line: `minillm doctor | data | tokenize | train | finetune | align | chat | sample | evaluate | plan | exercises | check | grade`.
 
 Each command is a dataclass, and tyro makes its options from the fields; the options of the model and of training are
 the fields of ModelConfig and TrainConfig. An error that the library explains is printed as one line, without a traceback.
@@ -18,6 +18,7 @@ import tyro
 
 from minillm.config import ModelConfig, ParallelConfig, TrainConfig
 from minillm.course.align import Align
+from minillm.course.chat import Chat
 from minillm.course.commands import Check, Exercises, Grade
 from minillm.course.finetune import Finetune
 from minillm.data.corpora import documents
@@ -264,7 +265,7 @@ class Evaluate:
         return 0
 
 
-COMMANDS = {"doctor": Doctor, "data": Data, "tokenize": Tokenize, "train": Train, "finetune": Finetune, "align": Align, "sample": Sample, "evaluate": Evaluate, "plan": Plan,
+COMMANDS = {"doctor": Doctor, "data": Data, "tokenize": Tokenize, "train": Train, "finetune": Finetune, "align": Align, "chat": Chat, "sample": Sample, "evaluate": Evaluate, "plan": Plan,
             "exercises": Exercises, "check": Check, "grade": Grade}
 
 

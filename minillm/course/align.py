@@ -39,12 +39,14 @@ class Align:
     """Your own instead: a JSONL file, or hf:owner/name, in one of the usual layouts; one of eight is kept for measuring."""
     preferences: str | None = None
     """Your own comparisons instead of those of the model's answers; JSONL or hf:owner/name with prompt, chosen and rejected."""
-    demonstrations: int = 30_000
+    demonstrations: int = 15_000
     """Conversations to be tuned on."""
     wordy: float = 0.25
     """Share of the demonstrations that answer in a sentence."""
     told: float = 0.03
     """Share of the demonstrations that tell the beginning of a story, so that the model does not forget how."""
+    turns: int = 3
+    """Questions of a conversation at most, so that the model learns to answer the last one."""
     context: int = 128
     """Tokens in a row of packed conversations; longer ones are left out."""
     pairs: int = 2_048
@@ -139,7 +141,7 @@ def _check_finished(base: Path) -> None:
                          f"began it finish first.")
 
 
-READS = {"sft": ("kinds", "conversations", "demonstrations", "wordy", "told", "context", "sft", "seed"), "pairs": ("preferences", "pairs", "held_out_pairs", "max_new_tokens"),
+READS = {"sft": ("kinds", "conversations", "demonstrations", "wordy", "told", "turns", "context", "sft", "seed"), "pairs": ("preferences", "pairs", "held_out_pairs", "max_new_tokens"),
          "reward": ("reward",), "ppo": ("policy", "critic", "online"), "grpo": ("policy", "online"), "dpo": ("dpo",)}
 """The options that a stage depends on; what those before it depend on is settled by then."""
 

@@ -78,7 +78,7 @@ class Workshop:
         """Conversations to learn from: made, or at most as many from the file."""
         if self.request.conversations is None:
             seed = self.request.seed * 1_000 + TRAIN
-            return list(islice(demonstrations(seed, split, self.request.kinds, self.request.wordy, self.request.told), count))
+            return list(islice(demonstrations(seed, split, self.request.kinds, self.request.wordy, self.request.told, self.request.turns), count))
         return [one.messages for one in asked_in(read_conversations(self.request.conversations), split)[:count]]
 
     def load(self, folder: Path) -> Transformer:
@@ -229,9 +229,8 @@ def kept_losses(shop: Workshop, folder: Path, rows: int = 64) -> dict[str, float
     on the text of its pretraining as it stands there (text_loss), where the run has it."""
     model, found = shop.load(folder).eval(), {}
     if shop.request.told and shop.request.conversations is None:
-        told = (talk for talk in demonstrations(shop.request.seed * 1_000 + MEASURED, "test", shop.request.kinds, told=1.0)
-                if talk[0]["content"].startswith("Tell me a story"))
-        batch = pad_rows([render(shop.template, shop.tokenizer, talk) for talk in islice(told, rows)])
+        told = islice(demonstrations(shop.request.seed * 1_000 + MEASURED, "test", shop.request.kinds, told=1.0), rows)
+        batch = pad_rows([render(shop.template, shop.tokenizer, talk) for talk in told])
         found["told_loss"] = -float(log_probs_of(model, batch).sum()) / batch.count
     if (shop.run / "data" / "data.json").exists():
         batch = next(evaluation_batches(open_prepared(shop.run / "data").val, rows, model.config.context)).to(model.embed.weight.device)

@@ -43,7 +43,7 @@ def load_course_model() -> tuple[Transformer, BPETokenizer]:
 
 def load_course_chat() -> tuple[Transformer, BPETokenizer]:
     """The same model, tuned to answer in the template TEMPLATES["minillm"]: sums such as 56+21=, and the beginnings of stories."""
-    return load_pretrained(CHAT).eval(), BPETokenizer.load(FOLDER)
+    return load_pretrained(CHAT).eval(), BPETokenizer.load(CHAT)
 
 
 @torch.no_grad()
@@ -77,6 +77,7 @@ def tune() -> None:
     with tempfile.TemporaryDirectory() as folder:
         _minillm(*TUNE[:1], FOLDER, *TUNE[1:], "--out", f"{folder}/run")
         save_pretrained(load_pretrained(latest_checkpoint(Path(folder, "run", "sft")), dtype=torch.bfloat16), CHAT)
+        shutil.copy(FOLDER / "tokenizer.json", CHAT)
     _note(CHAT, TUNE, measure_chat(*load_course_chat()))
 
 

@@ -158,20 +158,26 @@ def in_a_sentence(answer: str) -> str:
 
 
 def demonstrations(seed: int = 0, split: str = "train", kinds: Sequence[str] = ALL, wordy: float = 0.25,
-                   told: float = 0.0) -> Iterator[list[dict[str, str]]]:
-    """Conversations without end, as two kinds of writers have answered: a share `wordy` of them in a sentence.
+                   told: float = 0.0, turns: int = 1) -> Iterator[list[dict[str, str]]]:
+    """Conversations without end, as two kinds of writers have answered: a share `wordy` of their answers comes in a sentence.
 
     All are right, and a model that imitates them takes over both habits; which of the two is wanted only preferences say.
-    told: the share in which a story is asked for, and its first paragraph told: what was learned before stays in use.
+    told: the share of questions that ask for a story, whose first paragraph is told: what was learned before stays in use.
+    turns: each conversation has 1 to so many questions, which have nothing to do with one another.
     """
-    draw = random.Random(f"writers {seed}").random
-    for asked in instructions(seed, split, kinds):
-        if draw() < told:
-            story = next(stories(1, int(draw() * 2 ** 31)))
-            yield [{"role": "user", "content": f"Tell me a story about a {story.facts['kind']}."},
-                   {"role": "assistant", "content": story.text.partition("\n")[0]}]
-        answer = in_a_sentence(asked.answer) if draw() < wordy else asked.answer
-        yield [*asked.messages[:1], {"role": "assistant", "content": answer}]
+    draw, asked = random.Random(f"writers {seed}").random, instructions(seed, split, kinds)
+    while True:
+        yield [message for _ in range(1 + int(draw() * turns)) for message in _turn(asked, draw, wordy, told)]
+
+
+def _turn(asked: Iterator[Instruction], draw: Draw, wordy: float, told: float) -> list[dict[str, str]]:
+    """A question and what a writer answers."""
+    if draw() < told:
+        story = next(stories(1, int(draw() * 2 ** 31)))
+        return [{"role": "user", "content": f"Tell me a story about a {story.facts['kind']}."},
+                {"role": "assistant", "content": story.text.partition("\n")[0]}]
+    one = next(asked)
+    return [*one.messages[:-1], {"role": "assistant", "content": in_a_sentence(one.answer) if draw() < wordy else one.answer}]
 
 
 # Preferences

@@ -74,13 +74,18 @@ def stream_text(model: Transformer, tokenizer, prompt: str, max_new_tokens: int,
     known. An empty prompt starts a new text.
     """
     ids = tokenizer.encode(prompt, allowed_special=allowed_special) or [tokenizer.end_of_text]
+    yield from stream_pieces(model, tokenizer, ids, max_new_tokens, (tokenizer.end_of_text,), stop=stop, seed=seed, **options)
+
+
+def stream_pieces(model: Transformer, tokenizer, ids: Sequence[int], max_new_tokens: int, ends: Collection[int], *,
+                  stop: Sequence[str] = (), seed: int | None = None, **options) -> Iterator[str]:
+    """As `stream_text`, from ids to text, up to one of the tokens `ends` or a stop string."""
     device = model.embed.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
-    tokens = stream(model, torch.tensor([ids], device=device), max_new_tokens, stop_ids=(tokenizer.end_of_text,),
-                    generator=generator, **options)
+    tokens = stream(model, torch.tensor([ids], device=device), max_new_tokens, stop_ids=ends, generator=generator, **options)
     for token in tokens:
-        if int(token) == tokenizer.end_of_text:
+        if int(token) in ends:
             break
         held += decoder.decode(tokenizer.decode_bytes([int(token)]))
         found = [held.index(s) for s in stop if s in held]

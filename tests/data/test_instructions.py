@@ -2,6 +2,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from itertools import islice
 
 import pytest
@@ -52,6 +53,8 @@ def test_demonstrations_have_two_writers_and_tell_stories():
     assert sum(answer.startswith("It is ") for answer in answers) / len(answers) == pytest.approx(0.25, abs=0.04)
     assert all(talk[0]["content"].split()[-1].rstrip(".") in talk[1]["content"] for talk in told)
     assert all(talk[1]["content"].count("\n") == 0 for talk in told)
+    lengths = Counter(len(talk) for talk in islice(demonstrations(5, kinds=["add"], turns=3), 900))
+    assert set(lengths) == {2, 4, 6} and min(lengths.values()) > 220  # 300 each, a standard error of 14
 
 
 def test_questions_about_stories_are_answered_by_the_story():

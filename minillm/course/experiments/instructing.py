@@ -38,16 +38,16 @@ def tokenizer() -> BPETokenizer:
 
 
 @cache
-def conversations(seed: int, split: str, count: int, told: float) -> list[Rendered]:
+def conversations(seed: int, split: str, count: int, told: float, turns: int = 1) -> list[Rendered]:
     """Demonstrations as ids."""
-    talks = islice(demonstrations(seed, split, KINDS, told=told), count)
+    talks = islice(demonstrations(seed, split, KINDS, told=told, turns=turns), count)
     return [row for row in (render(TEMPLATE, tokenizer(), talk) for talk in talks) if len(row.ids) - 1 <= CONTEXT]
 
 
 def tuned(masked: bool, config: ModelConfig, plan: TrainConfig, data: Prepared, context: int, seed: int,
           watch: Callable[[int, float], None] | None = None) -> Transformer:
     """The course's model after `plan.steps` steps; not masked: every token of a conversation is learned."""
-    rows = conversations(100 + seed, "train", 30_000, 0.03)
+    rows = conversations(100 + seed, "train", 15_000, 0.03, 3)
     if not masked:
         rows = [row._replace(learned=[True] * len(row.ids)) for row in rows]
     engine, loader = Engine(load_course_model()[0], replace(plan, seed=seed)), ConversationLoader(rows, plan.batch_size, context, seed=seed)
@@ -66,7 +66,7 @@ TRAIN = {row: partial(tuned, row != "questions, too") for row in ROWS}
 def measure(model: Transformer, data: Prepared) -> dict[str, float]:
     """On questions and stories that nothing was trained on."""
     found = judge(model, tokenizer(), TEMPLATE, list(islice(instructions(7, "test", KINDS), 512)), 16)
-    told = [row for row in conversations(8, "test", 600, 0.5) if len(row.ids) > 60][:64]
+    told = conversations(8, "test", 64, 1.0)
     sums = conversations(9, "test", 512, 0.0)
     asking = [Rendered(ids, [not answer for answer in learned]) for ids, learned in sums]
     loss = {name: _loss(model, rows) for name, rows in (("answers", sums), ("questions", asking), ("told", told))}

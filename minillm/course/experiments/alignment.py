@@ -54,9 +54,9 @@ class Way:
     lr: float = 1e-4
 
 
-WAYS = {"instruction tuning": Way("nothing", pairs=0), "DPO": Way("dpo", lr=5e-5), "PPO": Way("ppo"), "GRPO": Way("grpo"),
+WAYS = {"instruction tuning": Way("nothing", pairs=0), "DPO": Way("dpo", beta=2.0, lr=5e-5), "PPO": Way("ppo"), "GRPO": Way("grpo"),
         "GRPO, a program checks": Way("grpo", pairs=0, beta=0.05), "PPO, no KL": Way("ppo", beta=0.0),
-        "PPO, 24 comparisons": Way("ppo", pairs=24), "PPO, 24 comparisons, no KL": Way("ppo", pairs=24, beta=0.0)}
+        "PPO, 24 comparisons": Way("ppo", pairs=24, lr=2e-4), "PPO, 24 comparisons, no KL": Way("ppo", pairs=24, beta=0.0, lr=2e-4)}
 ROWS = dict.fromkeys(WAYS, load_course_chat()[0].config)
 PLANS = {row: {"lr": way.lr} for row, way in WAYS.items()}
 

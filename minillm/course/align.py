@@ -10,7 +10,6 @@ import signal
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -90,7 +89,7 @@ def talking_model(run: Path) -> Path:
     """The newest checkpoint of the last stage that a run has; the run's own where nothing was aligned."""
     from minillm.train.checkpoint import find_checkpoint, latest_checkpoint
     found = [newest for name in ("ppo", "dpo", "grpo", "sft") if (newest := latest_checkpoint(run / name))]
-    return max(found[:3], key=lambda folder: (folder.parent.name != "sft", folder.stat().st_mtime)) if found else find_checkpoint(run)
+    return max(found, key=lambda folder: (folder.parent.name != "sft", folder.stat().st_mtime)) if found else find_checkpoint(run)
 
 
 def _run(request: Align, group) -> int:
@@ -141,8 +140,9 @@ def _check_finished(base: Path) -> None:
                          f"began it finish first.")
 
 
-READS = {"sft": ("kinds", "conversations", "demonstrations", "wordy", "told", "turns", "context", "sft", "seed"), "pairs": ("preferences", "pairs", "held_out_pairs", "max_new_tokens"),
-         "reward": ("reward",), "ppo": ("policy", "critic", "online"), "grpo": ("policy", "online"), "dpo": ("dpo",)}
+READS = {"sft": ("kinds", "conversations", "demonstrations", "wordy", "told", "turns", "context", "sft", "seed"),
+         "pairs": ("preferences", "pairs", "held_out_pairs", "max_new_tokens"), "reward": ("reward",),
+         "ppo": ("policy", "critic", "online"), "grpo": ("policy", "online"), "dpo": ("dpo", "online")}
 """The options that a stage depends on; what those before it depend on is settled by then."""
 
 
@@ -186,7 +186,9 @@ def _note(out: Path, base: Path, name: str, gained: dict) -> None:
     trained = base / "trainer.json"
     records.append({"step": json.loads(trained.read_text())["step"] if trained.exists() else 0, "stage": name, **flat})
     _rewrite_metrics(out, records)
-    say(f"\n  {name}: " + ", ".join(f"{key} {value}" for key, value in flat.items()) + "\n")
+    changed = [f"{key} {value} -> {gained['after'][key]}" for key, value in gained.get("before", {}).items()]
+    alone = [f"{key} {value}" for key, value in gained.items() if not isinstance(value, dict) and key != "seconds"]
+    say(f"\n  {name}, {gained['seconds']:.0f} s: {', '.join(changed + alone)}\n")
 
 
 def _rewrite_metrics(out: Path, records: list[dict]) -> None:

@@ -101,7 +101,7 @@ def _words(draw: Draw) -> list[str]:
 
 
 def _repeat(draw: Draw) -> Instruction:
-    words = _words(draw)
+    words = _words(draw)[:2]
     return Instruction("repeat", f"Say: {' '.join(words)}", " ".join(words), " ".join(sorted(words)))
 
 

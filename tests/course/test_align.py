@@ -24,9 +24,9 @@ from minillm.train.metrics import read_metrics
 BASE = ["train", "--data.size", "600000", "--model.vocab-size", "400", "--model.layers", "2", "--model.width", "64", "--model.heads",
         "2", "--model.context", "64", "--train.steps", "150", "--train.batch-size", "8", "--train.warmup-steps", "20"]
 # To say words again is learned in a few hundred steps; adding takes ten times as many tokens.
-SHORT = ["--kinds", "repeat", "--told", "0", "--context", "64", "--demonstrations", "8000", "--sft.steps", "300", "--sft.checkpoint-every",
-         "100", "--pairs", "600", "--held-out-pairs", "256", "--reward.steps", "18", "--dpo.steps", "18", "--online.rounds", "3",
-         "--policy.lr", "1e-4", "--policy.checkpoint-every", "1"]
+SHORT = ["--kinds", "repeat", "--told", "0", "--turns", "1", "--wordy", "0.4", "--context", "64", "--max-new-tokens", "20", "--demonstrations",
+         "8000", "--sft.steps", "300", "--sft.checkpoint-every", "100", "--pairs", "800", "--held-out-pairs", "256", "--reward.steps", "25",
+         "--dpo.steps", "25", "--online.rounds", "4", "--policy.lr", "2e-4", "--policy.checkpoint-every", "1"]
 
 
 def align(capsys, *words):
@@ -64,12 +64,12 @@ def test_every_stage_gained(done):
     found = gains(done[0])
     assert list(found) == ["sft", "pairs", "reward", "ppo"]
     assert found["sft"]["exact_match_before"] == 0 and found["sft"]["exact_match_after"] > 0.3
-    assert 0.54 < found["reward"]["accuracy"] <= found["pairs"]["best_accuracy"] + 0.06  # 256 pairs: a standard error of 0.03
-    assert found["ppo"]["reward_after"] > found["ppo"]["reward_before"] + 0.02 and found["ppo"]["kl_before"] == 0
-    assert 0 < found["ppo"]["kl_after"] < 1 and found["ppo"]["rule_after"] > found["ppo"]["rule_before"] - 0.05
+    assert 0.6 < found["reward"]["accuracy"] <= found["pairs"]["best_accuracy"] + 0.06  # 256 pairs: a standard error of 0.03
+    assert found["ppo"]["reward_after"] > found["ppo"]["reward_before"] + 0.1 and found["ppo"]["kl_before"] == 0
+    assert 0 < found["ppo"]["kl_after"] < 1 and found["ppo"]["rule_after"] > found["ppo"]["rule_before"] + 0.05
     assert abs(found["ppo"]["text_loss_after"] - found["ppo"]["text_loss_before"]) < 0.3
     assert all(found[stage]["seconds"] > 0 for stage in found) and found["sft"]["tokens_per_second"] > 0 < found["ppo"]["seconds_update"]
-    assert found["ppo"]["finished_after"] > 0.7 and 0.4 < found["ppo"]["win_rate"] < 0.7
+    assert found["ppo"]["finished_after"] > 0.7 and 0.5 < found["ppo"]["win_rate"] < 0.8
 
 
 def test_what_it_says_is_what_the_models_do(done):
@@ -77,8 +77,8 @@ def test_what_it_says_is_what_the_models_do(done):
     folder, out = done
     held_out = list(islice(instructions(3, "test", ["repeat"]), 256))
     model, tokenizer = load_pretrained(talking_model(folder)), BPETokenizer.load(talking_model(folder))
-    assert talking_model(folder) == folder / "ppo" / "step-000003"
-    found = judge(model, tokenizer, TEMPLATES["minillm"], held_out, 16)
+    assert talking_model(folder) == folder / "ppo" / "step-000004"
+    found = judge(model, tokenizer, TEMPLATES["minillm"], held_out, 20)
     said = gains(folder)["ppo"]
     assert (found.exact_match, found.rule) == (pytest.approx(said["exact_match_after"], abs=1e-4), pytest.approx(said["rule_after"], abs=1e-4))
     line = next(line for line in out.splitlines() if line.startswith("right, and nothing else"))
@@ -91,9 +91,9 @@ def test_the_report_and_the_files_are_there(done):
     page = (folder / "report.html").read_text()
     assert "How it learned to answer" in page and "agrees with" in page and page.count("Say: ") == 6
     pairs = read_preferences(folder / "pairs" / "train.jsonl")
-    assert len(pairs) == 600 and all(pair.chosen != pair.rejected for pair in pairs) and {pair.probability for pair in pairs} > {0.5}
+    assert len(pairs) == 800 and all(pair.chosen != pair.rejected for pair in pairs) and {pair.probability for pair in pairs} > {0.5}
     rounds = [record for record in read_metrics(folder / "ppo" / "metrics.jsonl")]
-    assert [record["step"] for record in rounds] == [1, 2, 3]
+    assert [record["step"] for record in rounds] == [1, 2, 3, 4]
     assert all(record[f"seconds_{part}"] > 0 for record in rounds for part in ("generate", "score", "update"))
     assert f"minillm chat {folder}" in out and "report.html" in out
 
@@ -105,7 +105,7 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(done, capsys
     assert code == 0 and "right, and nothing else" in out, err
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/step-*")}
     code, _, err = align(capsys, folder, *SHORT, "--wordy", "0.5")
-    assert code == 2 and "wordy was 0.25 and is now 0.5" in err and "--fresh" in err
+    assert code == 2 and "wordy was 0.4 and is now 0.5" in err and "--fresh" in err
     code, _, err = align(capsys, folder / "step-000150", *SHORT)
     assert code == 2 and "is a model and no run: say with --out" in err
     code, _, err = align(capsys, folder / "step-000100", "--out", folder.with_name("early"), *SHORT)
@@ -149,7 +149,7 @@ def test_other_methods_go_on_from_the_same_tuned_model(done, capsys):
         found = gains(folder)[method]
         assert found["rule_before"] == gains(folder)["ppo"]["rule_before"] and 0 < found["kl_after"] < 2
         assert talking_model(folder).parent.name == method and method.upper() in out
-    assert gains(folder)["grpo"]["rule_after"] > gains(folder)["grpo"]["rule_before"] - 0.05
+    assert gains(folder)["grpo"]["rule_after"] > gains(folder)["grpo"]["rule_before"]
 
 
 def test_fresh_keeps_what_was_there(done, capsys):
@@ -157,7 +157,7 @@ def test_fresh_keeps_what_was_there(done, capsys):
     shutil.copytree(done[0], folder)
     code, _, err = align(capsys, folder, *SHORT, "--method", "sft", "--fresh", "--sft.steps", "2", "--sft.warmup-steps", "1")
     assert code == 0, err
-    assert (folder / "ppo-before-1" / "step-000003").exists() and not (folder / "ppo").exists()
+    assert (folder / "ppo-before-1" / "step-000004").exists() and not (folder / "ppo").exists()
     assert json.loads((folder / "sft" / "request.json").read_text())["sft"]["steps"] == 2
     assert talking_model(folder) == folder / "sft" / "step-000002" and list(gains(folder)) == ["sft"]
 

@@ -7,6 +7,10 @@ for distance. Measured are the rule's score of sampled answers to questions that
 ones, the opinion of the reward model that the row learned from, in standard deviations of what it says of the tuned model's answers,
 and KL in nats an answer. A row keeps its curves, a number a round, and some answers. Sources: arXiv:2203.02155 §3.5; rewards that
 are optimised too far, arXiv:2210.10760.
+
+What came out, by the rule: 1.40 before, 1.56 with DPO, 1.63 PPO, 1.66 GRPO with a program, 1.47 GRPO with the reward model (which
+knows the manner and no sums; without the division by the deviation it was 1.58 with two seeds). Without KL 1.00, although that reward model is
+more content (+0.63) than with KL (+0.57); with 24 comparisons 0.65 without KL (+0.40) and 1.56 with it (+0.29).
 """
 
 import copy

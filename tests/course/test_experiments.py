@@ -180,12 +180,12 @@ def test_the_names_that_are_asked_about_have_no_label(tmp_path):
 def test_a_way_of_alignment_is_what_its_row_says():
     for row in ("PPO, 24 comparisons", "instruction tuning"):
         seen = []
-        plan = replace(experiments.plan_of(alignment, row), steps=8)
+        plan = replace(experiments.plan_of(alignment, row), steps=4)
         model, noted = alignment.TRAIN[row](alignment.ROWS[row], plan, None, alignment.CONTEXT, 0, lambda *round_: seen.append(round_))
         found, stored = alignment.measure(model, None) | noted, experiments.results("alignment")["rows"][row][0]
         assert found.keys() == stored.keys() - {"seed", "parameters"} and noted["answers"].keys() == stored["answers"].keys()
-        assert [number for number, _ in seen] == ([1, 2] if "PPO" in row else [])
-    # what was not taught is the reference; two rounds take the other off by some hundredths of a nat
+        assert [number for number, _ in seen] == ([1] if "PPO" in row else [])
+    # what was not taught is the reference
     assert found["kl"] == 0 and found["answers"] == stored["answers"]
     curves = experiments.results("alignment")["rows"]["PPO, 24 comparisons"][0]["curves"]
     assert curves["kl"][0] == 0 and all(len(curve) == 20 for curve in curves.values())

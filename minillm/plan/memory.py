@@ -1,11 +1,12 @@
 """What training keeps for every parameter, whatever the batch: weights, gradients, master copies, AdamW's two moments.
 
 With weights in 16 bits it is the gradient that conventions disagree on; minillm/train/master_weights.py does all three.
-Left out: activations, which depend on the batch and the context, buffers of communication, and fragmentation.
-Sources: arXiv:1910.02054 §3.1 (half), §5 and §7 (ZeRO), Megatron-LM's distributed optimizer (float).
+Left out: activations, which depend on the batch and the context, the cache that answers are sampled with, buffers of
+communication, and fragmentation. Sources: arXiv:1910.02054 §3.1 (half), §5 and §7 (ZeRO), Megatron-LM's distributed optimizer (float).
 """
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 
 
@@ -72,6 +73,40 @@ def tuning_bytes(frozen: int, trained: int, convention: str) -> States:
     """
     states = state_bytes(trained, convention)
     return replace(states, weights=states.weights + frozen)
+
+
+STAGES: dict[str, dict[str, bool]] = {
+    "sft": {"policy": True}, "reward": {"reward": True}, "dpo": {"policy": True, "reference": False},
+    "ppo": {"policy": True, "critic": True, "reference": False, "reward": False},
+    "grpo": {"policy": True, "reference": False, "reward": False}}
+"""What takes part in each way of learning from people: model -> whether it is trained, or only asked."""
+
+
+def alignment_bytes(stage: str, policy: int, judge: int | None = None, convention: str = "half", *,
+                    adapters: Mapping[str, int] | None = None, without: Collection[str] = ()) -> dict[str, States]:
+    """Bytes of each model that takes part: a trained one has all its states, one that is only asked its weights.
+
+    policy: parameters of policy and reference.   judge: those of reward model and critic; as many by default.
+    adapters: model -> trained parameters of an adapter, beside which the model is frozen; where the policy has one, the
+    reference is the policy with its adapter off, and costs nothing.   without: models that are not on the device: a
+    reference that is offloaded, or (DPO) whose answers are precomputed, a reward model that is a program.
+    Raises: ValueError for an unknown stage, convention or model.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"no stage is called {stage!r}: choose from {', '.join(STAGES)}.")
+    adapters, models = adapters or {}, STAGES[stage]
+    if unknown := (set(without) | set(adapters)) - set(models):
+        raise ValueError(f"{', '.join(sorted(unknown))} takes no part in {stage}, which has {', '.join(models)}.")
+    each, found = state_bytes(1, convention).weights, {}
+    for model, trained in models.items():
+        size = policy if model in ("policy", "reference") else policy if judge is None else judge
+        if model in without or (model == "reference" and "policy" in adapters):
+            found[model] = States(0, 0, 0, 0)
+        elif model in adapters:
+            found[model] = tuning_bytes(each * size, adapters[model], convention)
+        else:
+            found[model] = state_bytes(size, convention) if trained else States(each * size, 0, 0, 0)
+    return found
 
 
 def least_devices(size: int, memory: int) -> int:

@@ -5,7 +5,7 @@ An experiment is a file beside this one with ROWS (name -> ModelConfig), PLAN (a
 order. It may also have PLANS (row -> what it changes in the plan), SEEDS_OF (row -> other seeds), DATA (other text), tokenizer
 (a function that returns one, where none is to be trained), CHANGES (row -> a function that changes batches), Probe: a class
 whose instance is called at every step of a run and ends with a dict `found`, which is stored as well; or TRAIN (row -> a
-function in the place of `train_row`, without these two). The results say with which versions, on what machine and by which
+function in the place of `train_row`, without these two; it may return the model and such a dict). The results say with which versions, on what machine and by which
 command they were made. A lesson shows them, and trains one row anew.
 """
 
@@ -99,10 +99,10 @@ def _one(name: str, row: str, seed: int, folder: str) -> dict:
     probe = experiment.Probe() if hasattr(experiment, "Probe") else None
     usual = partial(train_row, probe=probe, change=getattr(experiment, "CHANGES", {}).get(row))
     train = getattr(experiment, "TRAIN", {}).get(row, usual)
-    model = train(experiment.ROWS[row], plan_of(experiment, row), data, experiment.CONTEXT, seed)
+    trained = train(experiment.ROWS[row], plan_of(experiment, row), data, experiment.CONTEXT, seed)
+    model, noted = trained if isinstance(trained, tuple) else (trained, probe.found if probe else {})
     found: Mapping[str, float] = experiment.measure(model, data)
-    numbers = {key: round(value, 4) for key, value in found.items()}
-    return {"seed": seed, "parameters": num_params(model), **numbers, **(probe.found if probe else {})}
+    return {"seed": seed, "parameters": num_params(model), **{key: round(value, 4) for key, value in found.items()}, **noted}
 
 
 def run(name: str) -> Path:

@@ -4,7 +4,8 @@ The recipe is that of `minillm align`: demonstrations by two kinds of writers, a
 are exact matches on held-out sums (greedy), the share of sampled answers that come in a sentence, the loss on the answers' tokens
 and on those of the questions, and on stories told on request.
 
-What came out: WHAT
+What came out: 85% right with the mask (78, 90, 87) and 75% without (91, 76, 58); 0.27 and 0.35 nats on answers. A quarter of the
+answers is a sentence in both, as in the demonstrations. Questions cost 10 nats a token with the mask, 0.73 without.
 """
 
 from collections.abc import Callable

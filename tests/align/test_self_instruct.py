@@ -1,0 +1,100 @@
+"""Self-instruct's parts by hand, and its loop with writers whose words are known."""
+
+import random
+import re
+from functools import lru_cache
+from itertools import combinations
+
+import pytest
+
+from minillm.align.self_instruct import (FILTERS, Pool, Task, beyond_text, grow, no_answer, parse, request, rouge_l, sample_examples,
+                                         words_of, wrong_length, wrong_start)
+
+SEEDS = [Task("Add 3 and 4.", "7"), Task("Say: red lake", "red lake"), Task("Who is the story about?", "Lily")]
+
+
+def longest_common(a, b):
+    """By trying every subset of the shorter one."""
+    shorter, longer = sorted((words_of(a), words_of(b)), key=len)
+
+    def inside(part):
+        rest = iter(longer)
+        return all(word in rest for word in part)
+    return max(size for size in range(len(shorter) + 1) if any(inside(part) for part in combinations(shorter, size)))
+
+
+def test_rouge_is_the_longest_common_subsequence():
+    assert rouge_l("the fox saw the lake", "the lake") == pytest.approx(2 * 2 / (5 + 2))
+    assert rouge_l("Add 3 and 4.", "add 3, and 4") == 1 and rouge_l("fox", "lake") == rouge_l("", "lake") == 0
+    draw = random.Random(0)
+    for _ in range(60):
+        a, b = (" ".join(draw.choice("abcd") for _ in range(draw.randint(1, 8))) for _ in range(2))
+        assert rouge_l(a, b) == pytest.approx(2 * longest_common(a, b) / (len(words_of(a)) + len(words_of(b))))
+        assert rouge_l(a, b) == rouge_l(b, a)
+
+
+@pytest.mark.parametrize(("check", "good", "bad"), [
+    (wrong_length, Task("Name a fox", "Lily"), Task("Fox", "Lily")), (wrong_length, Task("a " * 150, "b"), Task("a " * 151, "b")),
+    (wrong_start, Task("3 plus 4?", "7"), Task("- Add 3", "4")), (wrong_start, Task("Add", "1"), Task("Änder das", "1")),
+    (beyond_text, Task("Describe a mapping", "x"), Task("Draw a map of it", "x")),
+    (no_answer, Task("Add 1 and 1", "2"), Task("Add 1 and 1", " ")), (no_answer, Task("Say it", "it"), Task("Say it", "Say it "))])
+def test_each_filter(check, good, bad):
+    assert check(good) is None and isinstance(check(bad), str)
+
+
+def test_the_pool_takes_what_is_new_and_says_why_not():
+    pool = Pool(list(SEEDS))
+    assert pool.offer(Task("Name two animals", "fox, bear")) is None and pool.made[-1].answer == "fox, bear"
+    assert pool.offer(Task("Add 3 and 5.", "8")) == "not new" and pool.nearest("Add 3 and 5.") == (0.75, "Add 3 and 4.")
+    assert pool.offer(Task("Add 3 and 5.", "8"), limit=1.0) is None
+    assert pool.offer(Task("Name two animals", "cat, dog")) == "contradicts"
+    assert pool.offer(Task("Name two animals", "fox, bear"), limit=1.0) == "not new"  # the very same
+    assert pool.offer(Task("Plot two animals", "x")) == "asks for more than text"
+    assert pool.rejected == {"not new": 2, "contradicts": 1, "asks for more than text": 1} and pool.proposed == 6
+
+
+def test_requests_show_people_s_tasks_and_some_of_its_own():
+    pool = Pool([Task(f"seed {n}", "x") for n in range(20)], [Task(f"made {n}", "y") for n in range(5)])
+    shown = sample_examples(pool, random.Random(1))
+    assert sum(task.instruction.startswith("seed") for task in shown) == 6 and len(shown) == len(set(shown)) == 8
+    assert len(sample_examples(Pool(pool.seeds), random.Random(1))) == 8  # nothing made yet: all from people
+    text = request(SEEDS[:2])
+    assert text == "Task 1: Add 3 and 4.\nAnswer 1: 7\nTask 2: Say: red lake\nAnswer 2: red lake\nTask 3:"
+    with pytest.raises(ValueError, match="no seed tasks"):
+        sample_examples(Pool([]), random.Random(0))
+
+
+def test_what_was_written_is_read():
+    assert parse(" Add 1 and 2.\nAnswer 3: 3\nTask 4: Name it\nAnswer 4: Lily\nTask 5: And") == [Task("Add 1 and 2.", "3"), Task("Name it", "Lily")]
+    assert parse(" Add 1 and 2.\nAnswer 3: 3") == [] and parse("") == [] and parse(" nothing\nmore\n") == []
+
+
+def writer(seed):
+    """Writes two tasks a request, a good part of which is no good; counts what it was asked."""
+    draw, asked = random.Random(seed), []
+    verbs, things = ("Name", "Find", "Count", "Praise", "Draw", "-Fix"), ("foxes", "red boats", "three lakes", "a bear", "old songs", "Nina")
+
+    def write(prompt):
+        asked.append(prompt)
+        number = int(re.findall(r"Task (\d+):", prompt)[-1])
+        one, two = (f"{draw.choice(verbs)} {draw.choice(things)} {draw.choice(('now', 'twice', 'for me', 'at home'))}" for _ in range(2))
+        return f" {one}\nAnswer {number}: yes\nTask {number + 1}: {two}\nAnswer {number + 1}: {draw.choice(('no', ''))}\nTask {number + 2}: half"
+    return write, asked
+
+
+def test_the_loop_grows_the_pool_the_same_way_every_time():
+    found = []
+    for _ in range(2):
+        write, asked = writer(3)
+        found.append((grow(Pool(list(SEEDS)), write, 10, seed=5), asked))
+    (pool, asked), (again, _) = found
+    assert pool.made == again.made and pool.rejected == again.rejected and len(pool.made) == 10
+    assert {"no answer", "not new"} <= set(pool.rejected) and {"begins with a mark", "asks for more than text"} & set(pool.rejected)
+    assert pool.proposed <= 2 * len(asked) and not any(check(task) for task in pool.made for check in FILTERS)
+    similar = max(rouge_l(a.instruction, b.instruction) for a, b in combinations(pool.tasks, 2))
+    assert similar < 0.7
+
+
+def test_a_writer_that_has_nothing_to_say_ends_the_loop():
+    pool = grow(Pool(list(SEEDS)), lru_cache(lambda prompt: ""), 3, most=7)
+    assert pool.made == [] and pool.proposed == 0

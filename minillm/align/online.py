@@ -50,6 +50,8 @@ class OnlineConfig:
     """PPO: steer beta so that an answer's KL comes to this many nats; None leaves it."""
     clip: float = 0.2
     """How far the probability ratio may move and still gain."""
+    scaled: bool = True
+    """GRPO: advantages in standard deviations of a prompt's rewards; not for rewards that differ by noise (Dr. GRPO)."""
     lam: float = 0.95
     """GAE: how much of what really came is counted, against the critic's guess."""
     seed: int = 0
@@ -154,7 +156,7 @@ class Online:
             self.critic.model.eval()
             return experience(rollouts, scores, self.reference, self.critic.model, self.beta.beta, lam=self.config.lam,
                               group=self.policy.group)
-        return (policy_batch(rollouts, scores.view(-1, self.config.answers), self.reference),
+        return (policy_batch(rollouts, scores.view(-1, self.config.answers), self.reference, self.config.scaled),
                 distance_from(self.reference, rollouts))
 
     def _generator(self, device, use: int) -> torch.Generator:

@@ -49,6 +49,20 @@ def test_it_learns_what_is_rewarded(critic):
     assert distance_from(online.reference, fresh) > 0.5  # the reference stays where it was
 
 
+def test_without_scaling_a_hundredth_of_the_reward_is_a_hundredth_of_the_gradient():
+    def first_gradients(scaled):
+        found = []
+        for factor in (1.0, 0.01):
+            online = made(False, replace(CONFIG, scaled=scaled, beta=0.0))
+            online.reward = lambda asked, rollouts: factor * even(asked, rollouts)
+            rollouts = sample(online.policy.model.eval(), [p for p in PROMPTS for _ in range(4)], 6, (), generator=torch.Generator().manual_seed(1))
+            batch, _ = online._learned_from(rollouts, online.reward([p for p in PROMPTS for _ in range(4)], rollouts))
+            online.policy.forward_backward(batch)
+            found.append(online.policy.clip(0.0).item())
+        return found[0] / found[1]
+    assert first_gradients(False) == pytest.approx(100, rel=1e-3) and first_gradients(True) < 1.5  # float32
+
+
 def test_the_reference_and_the_caller_s_critic_stay_as_they_are():
     online = made()
     before = copy.deepcopy(online.reference.state_dict())

@@ -29,7 +29,7 @@ def numbers():
 
 
 def test_the_loss_is_trls():
-    """trl's GRPOTrainer, loss_type "grpo" and "dr_grpo", written out token by token; trl is not installed."""
+    """trl's GRPOTrainer, loss_type "grpo" and "dr_grpo", written out token by token; test_trl.py asks TRL itself."""
     new, old, reference, advantages, mask = numbers()
     per_answer, per_token = [], []
     for row in range(6):

@@ -49,6 +49,12 @@ def test_it_learns_what_is_rewarded(critic):
     assert distance_from(online.reference, fresh) > 0.5  # the reference stays where it was
 
 
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "bf16", "master_weights": True}], ids=["autocast", "masters"])
+def test_it_learns_in_16_bits(options):
+    """The ratio is then off 1 by rounding where the training forward runs under autocast, and it still learns."""
+    assert rounds(made(**options), 12)[-1]["reward"] > 0.6
+
+
 def test_without_scaling_a_hundredth_of_the_reward_is_a_hundredth_of_the_gradient():
     def first_gradients(scaled):
         found = []

@@ -1,4 +1,4 @@
-"""The formulas by hand, and against those of TRL's PPOTrainer, written out here (trl is not installed); then the training."""
+"""The formulas by hand, and against those of TRL's PPOTrainer, written out here, since they cannot be called there; then the training."""
 
 import math
 from dataclasses import replace

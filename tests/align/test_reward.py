@@ -25,7 +25,7 @@ def test_the_loss_by_hand():
 
 
 def test_the_loss_is_trls_for_pairs_and_its_gradient_that_of_finite_differences():
-    """trl's RewardTrainer: -logsigmoid(rewards_chosen - rewards_rejected).mean(), written out; trl is not installed."""
+    """trl's RewardTrainer: -logsigmoid(rewards_chosen - rewards_rejected).mean(), written out; test_trl.py asks TRL itself."""
     rewards = torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
     theirs = -torch.log(1 / (1 + torch.exp(-(rewards[:, 0] - rewards[:, 1])))).mean()
     torch.testing.assert_close(ranking_loss(rewards).mean(), theirs, rtol=1e-12, atol=0)  # float64

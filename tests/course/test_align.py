@@ -114,6 +114,7 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(done, capsys
     assert code == 2 and "holds no checkpoint" in err
 
 
+@pytest.mark.slow  # the whole of it in three processes
 def test_stopped_in_two_stages_it_goes_on_to_the_same_policy(base, done):
     """By a signal in the middle of tuning, and killed in the middle of PPO."""
     folder = base.with_name("stopped")

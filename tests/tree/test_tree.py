@@ -3,6 +3,7 @@
 import ast
 import json
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -99,6 +100,12 @@ def test_notebooks_redefine_nothing(path):
     found = [f"{cell['id']}: {what}" for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
              for _, what in rules.redefined(cell.source, public)]
     assert not found, found
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their names alone, and finds only the first of two."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_links_lead_somewhere():

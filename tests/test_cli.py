@@ -27,7 +27,7 @@ def quiet():
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
-@pytest.mark.parametrize("args", [["--help"], [], *[[c, "--help"] for c in ("doctor", "data", "tokenize", "train", "finetune", "sample", "evaluate", "plan")]])
+@pytest.mark.parametrize("args", [["--help"], [], *[[c, "--help"] for c in ("doctor", "data", "tokenize", "train", "finetune", "align", "chat", "sample", "evaluate", "plan")]])
 def test_help(capsys, args):
     code, out, _ = call(capsys, *args)
     assert code == 0 and "minillm" in out

@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 
 
 def curve(run):
-    return [{name: value for name, value in record.items() if name not in ("tokens_per_second", "sample", "sample_seconds", "mfu")}
+    return [{name: value for name, value in record.items() if name not in ("tokens_per_second", "prompt", "sample", "sample_seconds", "mfu")}
             for record in read_metrics(run / "metrics.jsonl")]
 
 

@@ -18,7 +18,7 @@ from minillm.progress import bar
 ROUGE_LIMIT = 0.7
 """An instruction at least this similar to one of the pool is not new."""
 WORDS = (2, 150)
-"""Fewest and most words of an instruction; the paper's least is 3, and "56+21=" has one: see `grow`."""
+"""Fewest and most words of an instruction. The authors' code asks for more than 3; "56+21=" has two, and is meant to pass."""
 BEYOND_TEXT = ("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot", "video", "audio", "music")
 """Words of instructions that a language model cannot follow. Source: Alpaca's list, shortened."""
 

@@ -1,7 +1,7 @@
 """Lesson 17: the course's model writes tasks for itself, and the world's own rules say what the filters let through.
 
 A model of 1M parameters that has read stories cannot go on with a list that it is shown, so it is tuned on such lists first, every
-token learned: on 175 tasks, as many as the paper's people wrote, or on sixteen times as many. Then it writes, 60 requests with each
+token learned: on 175 tasks, as many as the paper's people wrote, or on sixteen times as many. Then it writes, 40 requests with each
 of two limits of ROUGE-L, always against a pool of the same 175. No filter knows what is right; here the world does, so the share of
 kept tasks that ask something at all, and are answered rightly, is known, and so are the shares copied from what was learned and
 kept for the test (one fact in eight). Four tasks are shown, three by people: eight do not fit into 256 tokens.
@@ -31,13 +31,14 @@ from minillm.model.transformer import Transformer
 from minillm.text.bpe import BPETokenizer
 from minillm.text.chat import Rendered
 
-KINDS, SEED_TASKS, REQUESTS, LONGEST = ("sum", "sort", "reverse", "repeat"), 175, 60, 100
+KINDS, SEED_TASKS, REQUESTS, LONGEST = ("sum", "sort", "reverse", "repeat"), 175, 40, 100
 """What is asked; how many tasks people wrote; how often the model is asked with each limit; tokens that it writes each time."""
 CONTEXT, SEEDS, DATA = 256, (0, 1, 2), DataConfig(size=60_000)  # not read: the lists are drawn by `lists`
-PLAN = TrainConfig(steps=200, batch_size=8, lr=1e-2, optimizer="muon", weight_decay=0.0, device="cpu")
+PLAN = TrainConfig(steps=250, batch_size=8, lr=1e-2, optimizer="muon", weight_decay=0.0, device="cpu")
 LIMITS = (ROUGE_LIMIT, 1.0)
 LEARNED = {"not tuned": 0, "175 tasks": SEED_TASKS, "2,800 tasks": 16 * SEED_TASKS}
 """Row -> how many tasks the writer's lists are made of; the first 175 are the pool's seeds."""
+PLANS = {"175 tasks": {"steps": 100}}
 ROWS = dict.fromkeys(LEARNED, load_course_model()[0].config)
 
 
@@ -87,23 +88,27 @@ def understood(question: str) -> Instruction | None:
     return None
 
 
+COUNTED = [f"{which}, {what}" for which in ("proposed", "kept") for what in ("understood", "right", "right and its own", "copied")]
+COUNTED += ["kept, a fact again", "kept, of the test", "not new, another fact"]
+
+
 def judged(proposed: list[Task], seeds: list[Task], learned: set[str], limit: float) -> dict:
     """Offer tasks to a pool once more, and look at each and its fate with the world's eyes. learned: instructions the writer has seen."""
-    pool, counts, kinds = Pool(list(seeds)), Counter(), {kind: [0, 0] for kind in KINDS}
+    pool, counts, kinds = Pool(list(seeds)), Counter(dict.fromkeys(COUNTED, 0)), {kind: [0, 0] for kind in KINDS}
     known = {(one.kind, one.fact) for one in map(understood, (task.instruction for task in seeds))}
     for task in proposed:
-        one, reason = understood(task.instruction), pool.offer(task, limit)
+        one, reason, copied = understood(task.instruction), pool.offer(task, limit), task.instruction in learned
         right = one is not None and exact_match(one, task.answer)
-        counts.update({"proposed, understood": one is not None, "proposed, right": right, "proposed, copied": task.instruction in learned})
+        for which in ["proposed"] + ["kept"] * (reason is None):
+            counts.update({f"{which}, understood": one is not None, f"{which}, right": right, f"{which}, copied": copied,
+                           f"{which}, right and its own": right and not copied})
         if one and reason == "not new":
             counts["not new, another fact"] += (one.kind, one.fact) not in known
-        if reason is None:
-            counts.update({"kept, understood": one is not None, "kept, right": right, "kept, copied": task.instruction in learned})
-            if one:
-                counts.update({"kept, a fact again": (one.kind, one.fact) in known, "kept, of the test": one.held_out})
-                kinds[one.kind][0] += right
-                kinds[one.kind][1] += 1
-                known.add((one.kind, one.fact))
+        if one and reason is None:
+            counts.update({"kept, a fact again": (one.kind, one.fact) in known, "kept, of the test": one.held_out})
+            kinds[one.kind][0] += right
+            kinds[one.kind][1] += 1
+            known.add((one.kind, one.fact))
     return dict(counts) | {"right of a kind": kinds}
 
 
@@ -138,7 +143,7 @@ def writer(number: int, config: ModelConfig, plan: TrainConfig, data: Prepared, 
         model = engine.model
     found = {f"limit {limit:g}": wrote(model.eval(), learned[:SEED_TASKS], learned[:number], limit, seed) for limit in LIMITS}
     strict = found[f"limit {ROUGE_LIMIT:g}"]
-    return model, found | {"kept": _share(strict["kept"], strict["proposed"]), "right": _share(strict.get("kept, right", 0), strict["kept"])}
+    return model, found | {"kept": _share(strict["kept"], strict["proposed"]), "right": _share(strict["kept, right"], strict["kept"])}
 
 
 def _share(part: int, whole: int) -> float:

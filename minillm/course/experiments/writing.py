@@ -5,6 +5,15 @@ token learned: on 175 tasks, as many as the paper's people wrote, or on sixteen 
 of two limits of ROUGE-L, always against a pool of the same 175. No filter knows what is right; here the world does, so the share of
 kept tasks that ask something at all, and are answered rightly, is known, and so are the shares copied from what was learned and
 kept for the test (one fact in eight). Four tasks are shown, three by people: eight do not fit into 256 tokens.
+
+What came out, three seeds together, limit 0.7. Not tuned: 120 requests and nothing to read. 175 tasks: 313 proposed, 123 kept, none of
+them right; the 91 that were right had been learned by heart, and the filters threw out every one of them, as they should. 2,800
+tasks: 333 proposed, 265 kept, 264 of these ask something, and 9 are answered rightly, 6 of which are copies. No heuristic objected,
+but for one task too short: ROUGE-L kept out 65 (63 of them asked for another fact, so it threw out what was new) and "contradicts" 3.
+Of the kept, 31 are facts of the test: who measures on it must look. So a pool that looks well is nearly all wrong: form is learned
+long before answers. The rows differ in steps, too, and more of them help: in single trials (seed 0, 20 requests) 2,800 tasks gave 0 right
+of 41 kept after 100 steps, and 9 of 46 after 300. What is stored says what filters do, and not how well this model can learn to answer.
+
 Source: arXiv:2212.10560 §2, whose writer is not tuned first. Left out: training on the pool; questions about stories, of two lines.
 """
 

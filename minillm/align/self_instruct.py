@@ -167,7 +167,7 @@ def grow(pool: Pool, write: Callable[[str], str], target: int, *, seed: int = 0,
          filters: Sequence[Callable[[Task], str | None]] = FILTERS, by_people: int = 6, by_model: int = 2) -> Pool:
     """Ask until `target` tasks were made, or `most` requests (10 · target) did not give as many. Returns the pool; see `Pool.report`.
 
-    write: any local model: what it writes after the request.   limit: of ROUGE-L; what it means for sums is said above, and 1 only
+    write: any local model: what it writes after the request.   limit: of ROUGE-L; the file's head says what it means for sums, and 1 only
     keeps out the same words.   by_people, by_model: how many tasks of each a request shows.   Raises: ValueError for no seeds.
     """
     draw = random.Random(f"self-instruct {seed}")

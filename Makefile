@@ -39,7 +39,7 @@ pretrained: .venv/ready     ## train the course's own checkpoints again
 	$(PY) -m minillm.course.pretrained
 
 experiments: .venv/ready   ## run the long comparisons again that lessons draw (about an hour on two cores)
-	OMP_NUM_THREADS=1 $(PY) -m minillm.course.experiments positions families scaling spikes staleness tuning classifying instructing alignment
+	OMP_NUM_THREADS=1 $(PY) -m minillm.course.experiments positions families scaling spikes staleness tuning classifying instructing alignment writing
 
 bench: .venv/ready-to-test  ## side by side with other libraries: tokenizers, training, generation, growth, parallel, alignment, grading
 	@for name in tokenization training generation growth parallel alignment grading; do OMP_NUM_THREADS=1 $(PY) benchmarks/$$name.py || exit 1; done

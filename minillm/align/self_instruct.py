@@ -2,8 +2,12 @@
 
 Seed tasks come from people. Each request shows some of them, and some that were made before, as a numbered list; the model goes on
 with the list. sft.py then trains on the pool. Alpaca made 52,002 instructions so from 175 seeds with a larger model as the writer.
-Sources: arXiv:2212.10560 §2 (the loop, ROUGE-L below 0.7, the heuristics); Stanford Alpaca, README and generate_instruction.py (one
-request for instruction and answer together). Left out: telling classification tasks apart, which Alpaca dropped too.
+No filter asks whether an answer is right. ROUGE-L counts words, and is blind to what they ask. Two sums "Add a and b." have 0.5, or 0.75
+if they share a number in its place, so the pool takes each number once a place: at most 100 of 10,000, and "Add 4 and 3." after
+"Add 3 and 4.", the same fact. "a+b=" has no other words, so nearly all pass; but 5+2= and 5-2= are the same words, 1.0.
+Sources: arXiv:2212.10560 §2 (the loop, ROUGE-L below 0.7, the heuristics) and its code; Stanford Alpaca, README and
+generate_instruction.py (one request for instruction and answer; three seeds shown, nothing made). Left out: telling classification
+tasks apart, which Alpaca dropped too, and an input apart from its instruction.
 """
 
 import random
@@ -18,9 +22,10 @@ from minillm.progress import bar
 ROUGE_LIMIT = 0.7
 """An instruction at least this similar to one of the pool is not new."""
 WORDS = (2, 150)
-"""Fewest and most words of an instruction. The authors' code asks for more than 3; "56+21=" has two, and is meant to pass."""
-BEYOND_TEXT = ("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot", "video", "audio", "music")
-"""Words of instructions that a language model cannot follow. Source: Alpaca's list, shortened."""
+"""Fewest and most words of an instruction. The code of the paper and Alpaca's want 4, which no sum such as "56+21=" has."""
+BEYOND_TEXT = ("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot", "go to", "video",
+               "audio", "music", "flowchart", "diagram")
+"""Words of instructions that a language model cannot follow. Source: Alpaca's list; the paper's code ends with "go to"."""
 
 
 class Task(NamedTuple):
@@ -65,24 +70,43 @@ def wrong_start(task: Task) -> str | None:
 
 def beyond_text(task: Task) -> str | None:
     """What needs eyes, ears or hands."""
-    return "asks for more than text" if set(words_of(task.instruction)) & set(BEYOND_TEXT) else None
+    words = f" {' '.join(words_of(task.instruction))} "
+    return "asks for more than text" if any(f" {word} " in words for word in BEYOND_TEXT) else None
+
+
+def wants_program(task: Task) -> str | None:
+    """Nobody can tell whether the program is wanted or what it would print; models add this to any task. Source: the paper's code."""
+    return "asks for a program" if task.instruction.lower().startswith("write a program") else None
 
 
 def no_answer(task: Task) -> str | None:
-    """Nothing, or the instruction over again."""
-    return "no answer" if not task.answer.strip() or task.answer.strip() == task.instruction.strip() else None
+    """Nothing."""
+    return None if task.answer.strip() else "no answer"
 
 
-FILTERS: tuple[Callable[[Task], str | None], ...] = (no_answer, wrong_length, wrong_start, beyond_text)
+def echo(task: Task) -> str | None:
+    """The instruction over again. The paper compares with the input alone, and would lose every "Say: red lake"."""
+    return "repeats the question" if task.answer.strip() == task.instruction.strip() else None
+
+
+def unfinished(task: Task) -> str | None:
+    """A colon announces something, and nothing comes. Source: the paper's code."""
+    return "ends with a colon" if ":" in (task.instruction.strip()[-1:], task.answer.strip()[-1:]) else None
+
+
+FILTERS: tuple[Callable[[Task], str | None], ...] = (no_answer, echo, unfinished, wrong_length, wrong_start, beyond_text, wants_program)
 
 
 @dataclass
 class Pool:
-    """Tasks by people, those that were made, and why others were not taken."""
+    """Tasks by people, those that were made, and why others were not taken. requests: how often the model was asked; fruitless: how
+    many of these gave nothing that could be read."""
 
     seeds: list[Task]
     made: list[Task] = field(default_factory=list)
     rejected: Counter = field(default_factory=Counter)
+    requests: int = 0
+    fruitless: int = 0
 
     @property
     def tasks(self) -> list[Task]:
@@ -94,13 +118,18 @@ class Pool:
         """How many the model has written."""
         return len(self.made) + self.rejected.total()
 
+    def report(self) -> dict[str, int]:
+        """How often it was asked, what it proposed, what was kept, and how many tasks each reason has kept out."""
+        asked = {"requests": self.requests, "fruitless": self.fruitless, "proposed": self.proposed, "kept": len(self.made)}
+        return asked | dict(sorted(self.rejected.items()))
+
     def nearest(self, instruction: str) -> tuple[float, str]:
-        """The most similar instruction of the pool, and its ROUGE-L."""
-        return max((rouge_l(instruction, task.instruction), task.instruction) for task in self.tasks)
+        """The most similar instruction of the pool, and its ROUGE-L; 0 and nothing if the pool is empty."""
+        return max(((rouge_l(instruction, task.instruction), task.instruction) for task in self.tasks), default=(0.0, ""))
 
     def offer(self, task: Task, limit: float = ROUGE_LIMIT, filters: Sequence[Callable[[Task], str | None]] = FILTERS) -> str | None:
         """Take a task in, or say why not: the first filter that objects, "contradicts" for another answer to an instruction that is
-        there, or "not new"."""
+        there (which stays; the paper's code drops both), or "not new"."""
         reason = next((said for check in filters if (said := check(task))), None)
         if reason is None and any(task.instruction == other.instruction and task.answer != other.answer for other in self.tasks):
             reason = "contradicts"
@@ -135,16 +164,18 @@ def parse(completion: str) -> list[Task]:
 
 
 def grow(pool: Pool, write: Callable[[str], str], target: int, *, seed: int = 0, limit: float = ROUGE_LIMIT, most: int | None = None,
-         filters: Sequence[Callable[[Task], str | None]] = FILTERS) -> Pool:
-    """Ask until `target` tasks were made, or `most` requests (10 · target) did not give as many. Returns the pool.
+         filters: Sequence[Callable[[Task], str | None]] = FILTERS, by_people: int = 6, by_model: int = 2) -> Pool:
+    """Ask until `target` tasks were made, or `most` requests (10 · target) did not give as many. Returns the pool; see `Pool.report`.
 
-    write: any local model: what it writes after the request.   limit: of ROUGE-L. For tasks that differ in their numbers alone, 0.7
-    leaves one of a kind: that is what it is for. To gather many of one kind, raise it to 1.
+    write: any local model: what it writes after the request.   limit: of ROUGE-L; the file's head says what it means for sums, and 1 only
+    keeps out the same words.   by_people, by_model: how many tasks of each a request shows.   Raises: ValueError for no seeds.
     """
     draw = random.Random(f"self-instruct {seed}")
     with bar("self-instruct", total=target, unit="task") as moving:
         for _ in range(10 * target if most is None else most):
-            for task in parse(write(request(sample_examples(pool, draw)))):
+            found = parse(write(request(sample_examples(pool, draw, by_people, by_model))))
+            pool.requests, pool.fruitless = pool.requests + 1, pool.fruitless + (not found)
+            for task in found:
                 if len(pool.made) < target and pool.offer(task, limit, filters) is None:
                     moving.update(1)
             if len(pool.made) >= target:

@@ -2,19 +2,23 @@
 
 import math
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 
 from minillm.course import experiments
-from minillm.course.experiments import alignment, classifying, families, instructing, positions, scaling, spikes, staleness, tuning
+from minillm.course.experiments import alignment, classifying, families, instructing, positions, scaling, spikes, staleness, tuning, writing
+from minillm.align.self_instruct import Task
+from minillm.data.instructions import instructions
 from minillm.data.loader import Loader
 from minillm.data.prepare import DataConfig, prepare
 from minillm.model.transformer import Transformer, num_params
 from minillm.course.scaling_law import fit_scaling_law, residuals
 
 EXPERIMENTS = {"positions": positions, "families": families, "scaling": scaling, "spikes": spikes, "staleness": staleness,
-               "tuning": tuning, "classifying": classifying, "instructing": instructing, "alignment": alignment}
+               "tuning": tuning, "classifying": classifying, "instructing": instructing, "alignment": alignment,
+               "writing": writing}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -212,3 +216,55 @@ def test_what_alignment_came_to():
         free = f"{held}, no KL"
         assert all(ours["reward"] > theirs["reward"] and ours["rule"] < theirs["rule"] - 0.3 for ours, theirs in zip(rows[free], rows[held]))
         assert all(run["kl"] > 1 for run in rows[free]) and all(run["kl"] < 0.5 for run in rows[held])
+
+
+def test_the_world_understands_its_own_questions():
+    for split in ("train", "test"):
+        for one in islice(instructions(5, split, writing.KINDS), 1_000):
+            assert writing.understood(one.question) == one
+    assert writing.understood("3-50=").answer == "-47" and writing.understood("Take 3 from 50.").answer == "47"
+    for strange in ("What is 63+35=", "Sort these numbers: 4 288?", "Add 1 and 2", "Say: ", "3+4= "):
+        assert writing.understood(strange) is None
+
+
+def test_what_the_world_says_of_proposals():
+    seeds, learned = [Task("Add 3 and 4.", "7"), Task("Say: red lake", "red lake")], {"Add 3 and 4.", "12+30="}
+    proposed = [Task("Add 3 and 5.", "8"), Task("12+30=", "42"), Task("Add 4 and 3.", "8"), Task("Name a fox", "Lily"), Task("Sort: 2 1", "")]
+    found = writing.judged(proposed, seeds, learned, 0.7)
+    assert {key: count for key, count in found.items() if count and key != "right of a kind"} == {
+        "proposed, understood": 4, "proposed, right": 2, "proposed, right and its own": 1, "proposed, copied": 1, "kept, understood": 2,
+        "kept, right": 1, "kept, copied": 1, "kept, a fact again": 1, "not new, another fact": 1}
+    assert found["right of a kind"] == {"sum": [1, 2], "sort": [0, 0], "reverse": [0, 0], "repeat": [0, 0]}
+
+
+def test_a_writer_is_what_its_row_says(monkeypatch):
+    monkeypatch.setattr(writing, "REQUESTS", 2)
+    for row in ("not tuned", "175 tasks"):
+        seen, plan = [], replace(writing.PLAN, steps=2, batch_size=2)
+        model, noted = writing.TRAIN[row](writing.ROWS[row], plan, None, writing.CONTEXT, 0, lambda step, loss: seen.append(step))
+        found, stored = writing.measure(model, None) | noted, experiments.results("writing")["rows"][row][0]
+        assert seen == ([1, 2] if "175" in row else []) and found.keys() == stored.keys() - {"seed", "parameters"}
+        assert found["limit 0.7"]["requests"] == 2 and set(writing.COUNTED) < found["limit 0.7"].keys()
+    assert writing.tasks(0, "train", 400)[:175] == writing.tasks(0, "train", 175)  # the seeds are among what is learned
+    rows = writing.lists(writing.tasks(0, "train", 20), 3, 0)
+    assert all(len(ids) <= writing.CONTEXT + 1 and all(learned) for ids, learned in rows)
+
+
+def test_what_the_filters_let_through():
+    rows = experiments.results("writing")["rows"]
+    found = {row: {limit: {key: sum(run[limit][key] for run in runs) for key in ("proposed", "kept", *writing.COUNTED)}
+                   for limit in ("limit 0.7", "limit 1")} for row, runs in rows.items()}
+    for run in (run[limit] for runs in rows.values() for run in runs for limit in ("limit 0.7", "limit 1")):
+        reasons = ("contradicts", "not new", "too short or too long")  # no other filter ever objected
+        assert run["proposed"] == run["kept"] + sum(run.get(reason, 0) for reason in reasons)
+        assert run["kept, understood"] == sum(asked for _, asked in run["right of a kind"].values())
+    assert found["not tuned"]["limit 0.7"]["proposed"] == 0
+    few, many = found["175 tasks"]["limit 0.7"], found["2,800 tasks"]["limit 0.7"]
+    # what was right had been learned by heart, and is in the pool already
+    assert few["proposed, right"] > 60 and few["proposed, right and its own"] == few["kept, right"] == few["kept, copied"] == 0
+    assert many["kept"] > 0.7 * many["proposed"] and many["kept, understood"] > 0.98 * many["kept"] and many["kept, right"] < 0.1 * many["kept"]
+    # ROUGE-L kept out new facts, and a repeated one is rare
+    lost = sum(run["limit 0.7"]["not new"] for run in rows["2,800 tasks"])
+    assert many["not new, another fact"] > 0.9 * lost and many["kept, a fact again"] < 0.05 * many["kept"]
+    # one fact in eight is the test's, with a deviation of 0.02 over 264 tasks
+    assert 0.06 < many["kept, of the test"] / many["kept, understood"] < 0.19

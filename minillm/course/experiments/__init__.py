@@ -5,8 +5,8 @@ An experiment is a file beside this one with ROWS (name -> ModelConfig), PLAN (a
 order. It may also have PLANS (row -> what it changes in the plan), SEEDS_OF (row -> other seeds), DATA (other text), tokenizer
 (a function that returns one, where none is to be trained), CHANGES (row -> a function that changes batches), Probe: a class
 whose instance is called at every step of a run and ends with a dict `found`, which is stored as well; or TRAIN (row -> a
-function in the place of `train_row`, without these two; it may return the model and such a dict). The results say with which versions, on what machine and by which
-command they were made. A lesson shows them, and trains one row anew.
+function in the place of `train_row`, without these two; it may return the model and such a dict). The results say with which versions,
+on what machine and by which command they were made. A lesson shows them, and trains one row anew.
 """
 
 import importlib
@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -54,6 +54,17 @@ def train_row(config: ModelConfig, plan: TrainConfig, data: Prepared, context: i
         norm = engine.clip(plan.clip_norm)
         if probe:
             probe(step, float(loss), float(norm), engine, batch)
+        engine.step()
+        if watch:
+            watch(step, float(loss))
+    return engine.model.eval()
+
+
+def drive(engine: Engine, batches: Iterator[Batch], watch: Callable[[int, float], None] | None = None) -> Transformer:
+    """The engine's model after all steps of its plan, one batch each. `watch(step, loss)` sees every step."""
+    for step in range(1, engine.config.steps + 1):
+        loss = engine.forward_backward(next(batches))
+        engine.clip(engine.config.clip_norm)
         engine.step()
         if watch:
             watch(step, float(loss))

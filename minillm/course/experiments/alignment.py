@@ -30,6 +30,7 @@ from minillm.align.reward import Scorer, preference_accuracy, reward_loss, score
 from minillm.align.rollout import Rollouts, sample
 from minillm.align.sft import RowLoader
 from minillm.config import ModelConfig, TrainConfig
+from minillm.course.experiments import drive
 from minillm.course.judge import judge, prompts_of, stops, words_of
 from minillm.course.pretrained import load_course_chat
 from minillm.data.instructions import Instruction, compare, instructions, rule_score
@@ -101,13 +102,10 @@ def reward_model(pairs: int, seed: int) -> tuple[Scorer, float, float]:
     """A scorer on the tuned model's body, trained on these; and mean and deviation of its scores of the tuned model's answers."""
     model = load_course_chat()[0]
     plan = replace(JUDGE, steps=JUDGE.steps if pairs > 100 else JUDGE.steps // 3, batch_size=min(JUDGE.batch_size, 2 * pairs))
-    engine, loader = Engine(Scorer.of(model), plan, loss=reward_loss), RowLoader(compared(pairs, seed)[0], plan.batch_size, group=2, seed=seed)
-    for _ in range(plan.steps):
-        engine.forward_backward(next(loader))
-        engine.clip(plan.clip_norm)
-        engine.step()
-    scores = scores_of(engine.model.eval(), answered(model, questions(2000 + seed, "train", 512), seed).batch)
-    return engine.model, float(scores.mean()), float(scores.std())
+    loader = RowLoader(compared(pairs, seed)[0], plan.batch_size, group=2, seed=seed)
+    scorer = drive(Engine(Scorer.of(model), plan, loss=reward_loss), loader)
+    scores = scores_of(scorer, answered(model, questions(2000 + seed, "train", 512), seed).batch)
+    return scorer, float(scores.mean()), float(scores.std())
 
 
 def opinion(pairs: int, seed: int, rollouts: Rollouts) -> Tensor:
@@ -118,13 +116,8 @@ def opinion(pairs: int, seed: int, rollouts: Rollouts) -> Tensor:
 
 def learn_from_pairs(way: Way, model: Transformer, plan: TrainConfig, seed: int, watch: Callable[[int, float], None]) -> None:
     """DPO."""
-    engine = Engine(model, plan, loss=dpo(way.beta))
     loader = RowLoader(with_reference(load_course_chat()[0], compared(way.pairs, seed)[0]), plan.batch_size, group=2, seed=seed)
-    for step in range(1, plan.steps + 1):
-        loss = engine.forward_backward(next(loader))
-        engine.clip(plan.clip_norm)
-        engine.step()
-        watch(step, float(loss))
+    drive(Engine(model, plan, loss=dpo(way.beta)), loader, watch)
 
 
 def learn_from_rewards(way: Way, model: Transformer, plan: TrainConfig, seed: int, watch: Callable[[int, float], None]) -> dict[str, list[float]]:

@@ -18,6 +18,7 @@ import torch
 from minillm.align.rollout import log_probs_of
 from minillm.align.sft import ConversationLoader, pad_rows
 from minillm.config import ModelConfig, TrainConfig
+from minillm.course.experiments import drive
 from minillm.course.judge import judge
 from minillm.course.pretrained import load_course_model
 from minillm.data.instructions import demonstrations, instructions
@@ -51,14 +52,8 @@ def tuned(masked: bool, config: ModelConfig, plan: TrainConfig, data: Prepared, 
     rows = conversations(100 + seed, "train", 15_000, 0.03, 3)
     if not masked:
         rows = [row._replace(learned=[True] * len(row.ids)) for row in rows]
-    engine, loader = Engine(load_course_model()[0], replace(plan, seed=seed)), ConversationLoader(rows, plan.batch_size, context, seed=seed)
-    for step in range(1, plan.steps + 1):
-        loss = engine.forward_backward(next(loader))
-        engine.clip(plan.clip_norm)
-        engine.step()
-        if watch:
-            watch(step, float(loss))
-    return engine.model.eval()
+    loader = ConversationLoader(rows, plan.batch_size, context, seed=seed)
+    return drive(Engine(load_course_model()[0], replace(plan, seed=seed)), loader, watch)
 
 
 TRAIN = {row: partial(tuned, row != "questions, too") for row in ROWS}

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from minillm.config import ModelConfig, TrainConfig
+from minillm.course.experiments import drive
 from minillm.course.pretrained import FOLDER, load_course_model
 from minillm.course.pretrained import measure as measure_stories
 from minillm.data.loader import Loader, evaluation_batches
@@ -75,14 +76,7 @@ def tuned(method: Callable, config: ModelConfig, plan: TrainConfig, data: Prepar
     """The course's model, tuned by a method on `plan.steps` batches."""
     model = load_course_model()[0]
     method(model, seed)
-    engine, loader = Engine(model, plan), Loader(data.train, plan.batch_size, context, seed=seed)
-    for step in range(1, plan.steps + 1):
-        loss = engine.forward_backward(next(loader))
-        engine.clip(plan.clip_norm)
-        engine.step()
-        if watch:
-            watch(step, float(loss))
-    return model.eval()
+    return drive(Engine(model, plan), Loader(data.train, plan.batch_size, context, seed=seed), watch)
 
 
 TRAIN = {row: partial(tuned, method) for row, (method, _) in METHODS.items()}

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import count, islice
+from itertools import count
 
 import torch
 
@@ -31,6 +31,7 @@ from minillm.align.rollout import log_probs_of
 from minillm.align.self_instruct import ROUGE_LIMIT, Pool, Task, grow, parse, request
 from minillm.align.sft import ConversationLoader, pad_rows
 from minillm.config import ModelConfig, TrainConfig
+from minillm.course.experiments import drive
 from minillm.course.pretrained import load_course_model
 from minillm.data.instructions import Instruction, exact_match, instructions
 from minillm.data.prepare import DataConfig, Prepared
@@ -141,15 +142,8 @@ def writer(number: int, config: ModelConfig, plan: TrainConfig, data: Prepared, 
     learned = tasks(seed, "train", max(number, SEED_TASKS))
     model = load_course_model()[0]
     if number:
-        engine = Engine(model, replace(plan, seed=seed))
         loader = ConversationLoader(lists(learned, plan.steps * plan.batch_size, seed), plan.batch_size, context, seed=seed)
-        for step in range(1, plan.steps + 1):
-            loss = engine.forward_backward(next(loader))
-            engine.clip(plan.clip_norm)
-            engine.step()
-            if watch:
-                watch(step, float(loss))
-        model = engine.model
+        model = drive(Engine(model, replace(plan, seed=seed)), loader, watch)
     found = {f"limit {limit:g}": wrote(model.eval(), learned[:SEED_TASKS], learned[:number], limit, seed) for limit in LIMITS}
     strict = found[f"limit {ROUGE_LIMIT:g}"]
     return model, found | {"kept": _share(strict["kept"], strict["proposed"]), "right": _share(strict["kept, right"], strict["kept"])}

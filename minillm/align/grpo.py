@@ -7,9 +7,7 @@ model is needed either. Source: arXiv:2402.03300 §4.1; without 1/σ and lengths
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 

@@ -52,8 +52,6 @@ class Align:
     """Comparisons for the reward model, or for dpo."""
     held_out_pairs: int = 512
     """Comparisons that it is measured on."""
-    max_new_tokens: int = 16
-    """Where an answer is cut off."""
     sft: TrainConfig = field(default_factory=lambda: TrainConfig(
         steps=600, batch_size=16, lr=1e-2, optimizer="muon", eval_every=100, checkpoint_every=200, **QUIET))
     reward: TrainConfig = field(default_factory=lambda: TrainConfig(
@@ -61,9 +59,9 @@ class Align:
     dpo: TrainConfig = field(default_factory=lambda: TrainConfig(
         steps=60, batch_size=64, lr=5e-5, warmup_steps=10, eval_every=20, checkpoint_every=20, **QUIET))
     policy: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=64, lr=5e-5, warmup_steps=5, checkpoint_every=4, **QUIET))
-    """ppo, grpo: how the policy is trained; steps follow from the rounds."""
-    critic: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=64, lr=1e-3, warmup_steps=5, **QUIET))
-    """ppo: how the critic is trained."""
+    """ppo, grpo: how the policy is trained, and ppo's critic; steps follow from the rounds, and it is measured at the end."""
+    critic_lr: float = 1e-3
+    """ppo: the critic's peak learning rate."""
     online: OnlineConfig = field(default_factory=OnlineConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
@@ -74,10 +72,11 @@ class Align:
     def run(self) -> int:
         """Do it all."""
         from minillm.course.first_run import on_ranks
-        steps = self.online.steps(self.policy.batch_size)
-        online = replace(self.online, max_new_tokens=self.max_new_tokens)
-        return on_ranks(replace(self, online=online, policy=replace(self.policy, steps=steps), critic=replace(self.critic, steps=steps)),
-                        "align", _run)
+        usual = TrainConfig()
+        if unread := [name for name in ("steps", "eval_every", "eval_sequences") if getattr(self.policy, name) != getattr(usual, name)]:
+            raise ValueError(f"--policy.{unread[0].replace('_', '-')} would change nothing: the rounds, epochs and answers of --online settle a "
+                             f"policy's steps, and it is measured at the end. Leave it out.")
+        return on_ranks(replace(self, policy=replace(self.policy, steps=self.online.steps(self.policy.batch_size))), "align", _run)
 
 
 def stages(method: str) -> tuple[str, ...]:
@@ -95,6 +94,7 @@ def talking_model(run: Path) -> Path:
 def _run(request: Align, group) -> int:
     """All stages, on one of the group's ranks or alone."""
     from minillm.course import align_stages as stage
+    from minillm.course.align_gains import gain, talker
     from minillm.parallel.agreement import on_first
     from minillm.text.bpe import BPETokenizer
     from minillm.text.chat import TEMPLATES
@@ -106,10 +106,10 @@ def _run(request: Align, group) -> int:
     _check_finished(base)
     if request.fresh:
         on_first(lambda: _make_room(out), group)
-    shop = stage.Workshop(request, out, BPETokenizer.load(base), TEMPLATES["minillm"], group)
+    shop = stage.Workshop(request, out, BPETokenizer.load(base), TEMPLATES["minillm"])
     newest = {name: lambda name=name: latest_checkpoint(out / name) for name in stages(request.method)}
     with _stopping() as stop:
-        work = {"sft": lambda: stage.tune(shop, base, stage.talker(shop))}
+        work = {"sft": lambda: stage.tune(shop, base, talker(shop))}
         if request.method in ("ppo", "dpo"):
             work["pairs"] = lambda: on_first(lambda: stage.compare_answers(shop, newest["sft"]()), group)
         if request.method == "ppo":
@@ -127,7 +127,7 @@ def _run(request: Align, group) -> int:
                 on_first(lambda: print(f"Stopped in the stage {name} and saved. Go on with the same command."), group)
                 return 0
             seconds = time.perf_counter() - started
-            on_first(lambda: _note(out, base, name, {"seconds": round(seconds, 1)} | stage.gain(shop, name, base, newest)), group)
+            on_first(lambda: _note(out, base, name, {"seconds": round(seconds, 1)} | gain(shop, name, base, newest)), group)
     on_first(lambda: _conclude(request, out, base), group)
     return 0
 
@@ -141,8 +141,8 @@ def _check_finished(base: Path) -> None:
 
 
 READS = {"sft": ("kinds", "conversations", "demonstrations", "wordy", "told", "turns", "context", "sft", "seed"),
-         "pairs": ("preferences", "pairs", "held_out_pairs", "max_new_tokens"), "reward": ("reward",),
-         "ppo": ("policy", "critic", "online"), "grpo": ("policy", "online"), "dpo": ("dpo", "online")}
+         "pairs": ("preferences", "pairs", "held_out_pairs"), "reward": ("reward",),
+         "ppo": ("policy", "critic_lr", "online"), "grpo": ("policy", "online"), "dpo": ("dpo", "online")}
 """The options that a stage depends on; what those before it depend on is settled by then."""
 
 
@@ -154,7 +154,8 @@ def _begin(request: Align, name: str, base: Path, out: Path) -> None:
     for config in asked.values():
         for key in FREE_TO_CHANGE if isinstance(config, dict) else ():
             config.pop(key, None)
-    note_request(out / name / "request.json", asked | ({"base": base.name} if name == "sft" else {}))
+    beside = {"sft": {"base": base.name}, "pairs": {"max_new_tokens": request.online.max_new_tokens}}
+    note_request(out / name / "request.json", asked | beside.get(name, {}))
 
 
 def _make_room(out: Path) -> None:

@@ -6,7 +6,7 @@ ROWS = (("exact_match", "right, and nothing else (greedy)", "{:.1%}"), ("rule", 
         ("reward", "the reward model's score of it", "{:.2f}"), ("kl", "KL from the tuned model, nats an answer", "{:.2f}"),
         ("finished", "answers that come to an end", "{:.1%}"), ("told_loss", "loss on stories told on request, nats a token", "{:.3f}"),
         ("text_loss", "loss on the raw text of pretraining, nats a token", "{:.3f}"))
-NAMES = {"sft": "tuned", "ppo": "PPO", "dpo": "DPO", "grpo": "GRPO"}
+NAMES = {"ppo": "PPO", "dpo": "DPO", "grpo": "GRPO"}
 
 
 def table(notes: dict) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -24,8 +24,10 @@ def sentences(notes: dict) -> list[str]:
     """What has no place in the table."""
     said, stages = [], notes["stages"]
     if "reward" in stages:
-        said.append(f"The reward model agrees with {stages['reward']['accuracy']:.1%} of held-out comparisons, of which the noise allows "
-                    f"{stages['pairs']['best_accuracy']:.1%}; its certainty is off by {stages['reward']['calibration_error']:.1%} on average.")
+        best = stages["pairs"].get("best_accuracy")  # of comparisons from a file nobody knows it
+        said.append(f"The reward model agrees with {stages['reward']['accuracy']:.1%} of held-out comparisons"
+                    + (f", of which the noise allows {best:.1%}" if best else "")
+                    + f"; its certainty is off by {stages['reward']['calibration_error']:.1%} on average.")
     said += [f"{NAMES[name]} wins {stages[name]['win_rate']:.1%} of comparisons with the tuned model by the rule; a tie counts half."
              for name in ("ppo", "dpo", "grpo") if name in stages]
     return said

@@ -1,5 +1,7 @@
 """The stages behind `minillm align`, each from files to files: instruction tuning, comparisons, a reward model, a policy.
 
+What they gained is measured by align_gains.py.
+
     RUN/sft/step-*      the base, tuned on demonstrations          (Trainer)
     RUN/pairs/*.jsonl   its own answers, two to a question, compared by the rule with noise; train and test
     RUN/reward/step-*   a scorer on the tuned model's body, trained on those pairs (Trainer)
@@ -13,25 +15,22 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from statistics import median
 
 import torch
 
 from minillm.align.dpo import dpo, with_reference
 from minillm.align.online import Online
 from minillm.align.pairs import Groups, pair_batch
-from minillm.align.reward import Scorer, load_scorer, preference_accuracy, reward_loss, save_scorer, scores_of
-from minillm.align.rollout import log_probs_of, sample
-from minillm.align.sft import ConversationLoader, RowLoader, pack, pad_rows
-from minillm.course.judge import judge, prompts_of, stops, win_rate, words_of
+from minillm.align.reward import Scorer, load_scorer, reward_loss, save_scorer, scores_of
+from minillm.align.rollout import sample
+from minillm.align.sft import ConversationLoader, RowLoader, pack
+from minillm.course.judge import prompts_of, stops, words_of
 from minillm.data.instructions import (Instruction, asked_in, compare, demonstrations, instructions, preference_row, read_conversations,
                                        read_preferences, rule_score, write_jsonl)
-from minillm.data.loader import evaluation_batches
-from minillm.data.prepare import open_prepared
 from minillm.engine import choose_device
 from minillm.model.huggingface import load_pretrained
 from minillm.model.transformer import Transformer
@@ -40,25 +39,21 @@ from minillm.text.bpe import BPETokenizer
 from minillm.text.chat import Template, render
 from minillm.torch_engine import build_engine
 from minillm.train.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
-from minillm.train.loss import cross_entropy
-from minillm.train.metrics import Metrics, read_metrics
+from minillm.train.metrics import Metrics
 from minillm.trainer import Trainer
 
 TRAIN, PROMPTS, COMPARED, MEASURED = 0, 1, 2, 3
-"""Seeds of the questions: of the demonstrations, of the policy's prompts, of the comparisons, and of what is measured."""
-QUESTIONS = 256
-"""Held-out questions that a model is measured on."""
+"""Seeds of the questions: of the demonstrations, of the policy's prompts, of the comparisons, and of what align_gains.py measures."""
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """What every stage needs: the request of the command line, the base's tokenizer, the template, and the ranks."""
+    """What every stage needs: the request of the command line, the base's tokenizer and the template."""
 
     request: object
     run: Path
     tokenizer: BPETokenizer
     template: Template
-    group: object = None
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -93,7 +88,7 @@ class Workshop:
 def tune(shop: Workshop, base: Path, talk: Callable[[Transformer], dict]) -> bool:
     """Instruction tuning. talk: asked at three points of the training, so that one sees it learn."""
     request, context = shop.request, shop.request.context
-    rows = {split: [row for row in (render(shop.template, shop.tokenizer, talk) for talk in shop.talks(split, count))
+    rows = {split: [row for row in (render(shop.template, shop.tokenizer, messages) for messages in shop.talks(split, count))
                     if len(row.ids) - 1 <= context] for split, count in (("train", request.demonstrations), ("test", 256))}
     if not all(rows.values()):
         raise ValueError(f"no conversation fits a context of {context} tokens. Use a longer --context.")
@@ -143,7 +138,7 @@ def _pairs(shop: Workshop, model: Transformer, split: str, at_once: int = 128):
     while True:
         chosen = list(islice(questions, at_once))
         twice = [prompt for prompt in prompts_of(shop.template, shop.tokenizer, chosen) for _ in range(2)]
-        words = words_of(shop.tokenizer, sample(model, twice, shop.request.max_new_tokens, shop.ends, generator=generator))
+        words = words_of(shop.tokenizer, sample(model, twice, shop.request.online.max_new_tokens, shop.ends, generator=generator))
         different = [(one, *pair) for one, pair in zip(chosen, zip(words[::2], words[1::2])) if pair[0] != pair[1]]
         asked, found = asked + at_once, found + len(different)
         if asked >= 20 * at_once and found < asked / 100:
@@ -180,88 +175,6 @@ def _on_pairs(shop: Workshop, name: str, train, model: Transformer, loss, change
                    **files).train(resume=latest_checkpoint(shop.run / name))
 
 
-def judge_reward_model(shop: Workshop, scorer: Scorer) -> dict[str, float]:
-    """On held-out pairs: accuracy, the best that the noise allows, and how far its certainty is from how often it is right."""
-    batch = batch_of_pairs(shop, "test")
-    better, worse = scores_of(scorer.eval(), batch).view(-1, 2).unbind(1)
-    sure = (better - worse).double().sigmoid()  # of the one that was preferred
-    return {"accuracy": round(preference_accuracy(scorer, batch), 4), "calibration_error": round(calibration_error(sure), 4)}
-
-
-SHOWN = 6
-"""Questions whose answers are kept, to be read."""
-
-
-def gain(shop: Workshop, name: str, base: Path, newest: dict[str, Callable[[], Path]]) -> dict:
-    """What a stage that has ended gained, measured on what it has not seen."""
-    if name == "pairs":
-        sure = [pair.probability for pair in read_preferences(shop.run / "pairs" / "test.jsonl")]
-        return {"comparisons": shop.request.pairs, "best_accuracy": round(sum(max(p, 1 - p) for p in sure) / len(sure), 4)}
-    if name == "reward":
-        return judge_reward_model(shop, shop.load_scorer(newest["reward"]())) | pace(shop.run / name)
-    asked = list(islice(shop.questions(MEASURED, "test"), QUESTIONS))
-    look = partial(judge, tokenizer=shop.tokenizer, template=shop.template, asked=asked, max_new_tokens=shop.request.max_new_tokens)
-    if name == "sft":
-        before, after, more = look(shop.load(base)), look(shop.load(newest["sft"]())), {}
-    else:
-        tuned, scorer = shop.load(newest["sft"]()), latest_checkpoint(shop.run / "reward")
-        scorer = scorer and shop.load_scorer(scorer)
-        before, after = (look(model, reference=tuned, scorer=scorer) for model in (tuned, shop.load(newest[name]())))
-        more = {"win_rate": round(win_rate(after.rules, before.rules), 4)}
-    kept = {"before": kept_losses(shop, base if name == "sft" else newest["sft"]()), "after": kept_losses(shop, newest[name]())}
-    return more | pace(shop.run / name) | {when: judged.numbers() | kept[when] for when, judged in (("before", before), ("after", after))} | {
-        "answers": {"question": [one.question for one in asked[:SHOWN]], "right": [one.answer for one in asked[:SHOWN]],
-                    "before": before.answers[:SHOWN], "after": after.answers[:SHOWN]}}
-
-
-def pace(folder: Path) -> dict[str, float]:
-    """Medians of a stage's own metrics: tokens a second of its rows, or what the parts of a round take."""
-    records, found = read_metrics(folder / "metrics.jsonl"), {}
-    for key in ("tokens_per_second", "seconds_generate", "seconds_score", "seconds_update"):
-        if values := [record[key] for record in records if key in record]:
-            found[key] = median(values)
-    return found
-
-
-@torch.no_grad()
-def kept_losses(shop: Workshop, folder: Path, rows: int = 64) -> dict[str, float]:
-    """What is left of the fluency that the model had, in nats a token: on held-out stories that it is asked to tell (told_loss), and
-    on the text of its pretraining as it stands there (text_loss), where the run has it."""
-    model, found = shop.load(folder).eval(), {}
-    if shop.request.told and shop.request.conversations is None:
-        told = islice(demonstrations(shop.request.seed * 1_000 + MEASURED, "test", shop.request.kinds, told=1.0), rows)
-        batch = pad_rows([render(shop.template, shop.tokenizer, talk) for talk in told])
-        found["told_loss"] = -float(log_probs_of(model, batch).sum()) / batch.count
-    if (shop.run / "data" / "data.json").exists():
-        batch = next(evaluation_batches(open_prepared(shop.run / "data").val, rows, model.config.context)).to(model.embed.weight.device)
-        found["text_loss"] = float(cross_entropy(model(batch.ids), batch.targets)) / batch.count
-    return {name: round(value, 4) for name, value in found.items()}
-
-
-def talker(shop: Workshop, count: int = 3) -> Callable[[Transformer], dict]:
-    """For the Trainer's `at`: lets the model answer a few held-out questions, and shows them."""
-    asked = list(islice(shop.questions(MEASURED, "test"), count))
-
-    def talk(model: Transformer) -> dict:
-        prompts = prompts_of(shop.template, shop.tokenizer, asked)
-        words = words_of(shop.tokenizer, sample(model.eval(), prompts, shop.request.max_new_tokens, shop.ends, greedy=True))
-        say("\n" + "\n".join(f"  {one.question}  ->  {answer!r}" for one, answer in zip(asked, words)) + "\n")
-        return {"answers": words}
-    return talk
-
-
-def calibration_error(probabilities: torch.Tensor, bins: int = 5) -> float:
-    """Expected calibration error of pairwise predictions. probabilities (N,): given to what was really preferred.
-
-    A prediction of 0.2 for it was a certainty of 0.8 in the other, and wrong. Within bins of certainty from 0.5 to 1, the
-    distance between the mean certainty and the share of right ones, weighted by their number. Source: arXiv:1706.04599 §2.
-    """
-    certainty, right = torch.maximum(probabilities, 1 - probabilities), (probabilities > 0.5).double()
-    which = ((certainty - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = [(certainty[which == b].mean() - right[which == b].mean()).abs() * (which == b).sum() for b in range(bins) if (which == b).any()]
-    return float(sum(gaps) / len(probabilities))
-
-
 def improve_policy(shop: Workshop, tuned: Path, judge_of: Path | None, stop: Callable[[], bool]) -> bool:
     """PPO or GRPO: rounds of asking and learning. judge_of: the reward model's files; without one the reward is the rule itself,
     which a program checks."""
@@ -275,7 +188,7 @@ def improve_policy(shop: Workshop, tuned: Path, judge_of: Path | None, stop: Cal
         return torch.tensor([rule_score(one, words) for one, words in zip(asked, words_of(shop.tokenizer, rollouts))])
 
     online = Online(shop.load(tuned), shop.load(tuned), reward, shop.ends, config, request.policy, request.parallel,
-                    critic=critic, critic_train=request.critic)
+                    critic=critic, critic_train=replace(request.policy, lr=request.critic_lr))
     if newest := latest_checkpoint(folder):
         online.policy.load_weights(shop.load(newest).state_dict())
         online.load_state_dict(load_checkpoint(newest).tensors)

@@ -78,8 +78,8 @@ class Conversation:
         if typed == "/new":
             self.start_over()
         elif typed == "/undo":
-            del self.messages[-2:]
-            self.start_over() if not self.messages else None
+            if len(self.messages) > 1:  # not the system message
+                del self.messages[-2:]
         elif typed == "/stats":
             print(self.stats)
         elif typed.startswith("/"):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import ipywidgets as widgets
 
 from minillm.course.plots import COLOURS
-from minillm.infer.answer import fitting, stream_answer
+from minillm.infer.answer import stream_answer
 from minillm.infer.sampling import Sampling
 from minillm.model.transformer import Transformer
 from minillm.text.chat import Template
@@ -29,10 +29,9 @@ def render_conversation(messages: Sequence[Mapping[str, str]]) -> str:
 
 def answering(model: Transformer, tokenizer, template: Template, messages: Sequence[Mapping[str, str]], max_new_tokens: int,
               temperature: float, seed: int | None = None) -> Iterator[list[dict[str, str]]]:
-    """The conversation again and again, with more and more of the answer. What does not fit the context is left out at its beginning."""
-    kept, _ = fitting(template, tokenizer, messages, model.config.context - max_new_tokens)
+    """The conversation again and again, with more and more of the answer. Turns that do not fit the context are left out, the oldest first."""
     said = ""
-    for piece in stream_answer(model, tokenizer, template, kept, max_new_tokens, sampling=Sampling(temperature), seed=seed):
+    for piece in stream_answer(model, tokenizer, template, messages, max_new_tokens, sampling=Sampling(temperature), seed=seed):
         said += piece
         yield [*messages, {"role": "assistant", "content": said}]
     if not said:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from minillm.course.align_stages import MEASURED, QUESTIONS
+from minillm.course.align_gains import QUESTIONS
+from minillm.course.align_stages import MEASURED
 from minillm.course.judge import judge
 from minillm.data.instructions import instructions
 from minillm.data.stories import stories

@@ -12,7 +12,8 @@ from commands import ended, start
 
 from minillm.cli import main
 from minillm.course.align import talking_model
-from minillm.course.align_stages import calibration_error
+from minillm.course.align_gains import calibration_error
+from minillm.course.align_report import as_html
 from minillm.course.judge import judge, win_rate
 from minillm.data.instructions import conversation_row, instructions, read_preferences, write_jsonl
 from minillm.model.huggingface import load_pretrained
@@ -24,7 +25,7 @@ from minillm.train.metrics import read_metrics
 BASE = ["train", "--data.size", "600000", "--model.vocab-size", "400", "--model.layers", "2", "--model.width", "64", "--model.heads",
         "2", "--model.context", "64", "--train.steps", "150", "--train.batch-size", "8", "--train.warmup-steps", "20"]
 # To say words again is learned in a few hundred steps; adding takes ten times as many tokens.
-SHORT = ["--kinds", "repeat", "--told", "0", "--turns", "1", "--wordy", "0.4", "--context", "64", "--max-new-tokens", "20", "--demonstrations",
+SHORT = ["--kinds", "repeat", "--told", "0", "--turns", "1", "--wordy", "0.4", "--context", "64", "--online.max-new-tokens", "20", "--demonstrations",
          "8000", "--sft.steps", "300", "--sft.checkpoint-every", "100", "--pairs", "800", "--held-out-pairs", "256", "--reward.steps", "25",
          "--dpo.steps", "25", "--online.rounds", "4", "--policy.lr", "2e-4", "--policy.checkpoint-every", "1"]
 
@@ -106,6 +107,8 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(done, capsys
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/step-*")}
     code, _, err = align(capsys, folder, *SHORT, "--wordy", "0.5")
     assert code == 2 and "wordy was 0.4 and is now 0.5" in err and "--fresh" in err
+    code, _, err = align(capsys, folder, *SHORT, "--policy.steps", "7")
+    assert code == 2 and "--policy.steps would change nothing" in err
     code, _, err = align(capsys, folder / "step-000150", *SHORT)
     assert code == 2 and "is a model and no run: say with --out" in err
     code, _, err = align(capsys, folder / "step-000100", "--out", folder.with_name("early"), *SHORT)
@@ -177,6 +180,9 @@ def test_conversations_and_comparisons_of_ones_own(base, capsys, tmp_path):
     assert code == 0 and "right, and nothing else" in out, err
     assert len(read_preferences(tmp_path / "own" / "pairs" / "train.jsonl")) + len(read_preferences(tmp_path / "own" / "pairs" / "test.jsonl")) == 36
     assert not (tmp_path / "own" / "report.html").exists()
+    noted = json.loads((tmp_path / "own" / "alignment.json").read_text())
+    assert noted["stages"]["pairs"]["comparisons"] + noted["stages"]["pairs"]["held_out"] == 36
+    assert "best_accuracy" not in noted["stages"]["pairs"] and "of which the noise allows" not in as_html(noted)
 
 
 @pytest.mark.slow  # two processes, each with imports of its own

@@ -45,6 +45,14 @@ def test_undo_takes_back_what_the_model_was_told(capsys, monkeypatch):
     assert once.split("model: ")[1] == again.split("model: ")[2] and len(once.split("model: ")[1]) > 60
 
 
+def test_the_system_message_is_never_taken_back(capsys, monkeypatch):
+    words = ["--system", "Be brief.", "--temperature", "0"]
+    alone = chat(capsys, monkeypatch, "40+21=\n/stats\n", CHAT, *words)[1]
+    undone = chat(capsys, monkeypatch, "/undo\n3+4=\n/undo\n/undo\n40+21=\n/stats\n", CHAT, *words)[1]
+    assert "has 3 messages" in alone and "has 3 messages" in undone
+    assert undone.split("model: ")[2].split("\n")[0] == alone.split("model: ")[1].split("\n")[0]
+
+
 def test_a_seed_repeats_and_the_end_of_input_ends(capsys, monkeypatch):
     asked = "Tell me a story about a bear.\n"
     first, same, other = (chat(capsys, monkeypatch, asked, CHAT, "--seed", seed)[1] for seed in (1, 1, 2))

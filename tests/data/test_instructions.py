@@ -150,6 +150,14 @@ def test_alpacas_and_sharegpts_layouts(tmp_path):
     assert read_conversations(tmp_path / "a.jsonl") == [[user, answer], [{"role": "system", "content": "Be brief."}, user, answer], [user, answer]]
 
 
+def test_a_dataset_of_hugging_faces_is_read_by_the_same_layouts(tmp_path):
+    pytest.importorskip("datasets", reason="the package datasets is not here (the test extra brings it)")
+    write_jsonl(tmp_path / "a.jsonl", [conversation_row(one.messages) for one in some(3)])
+    assert read_conversations(f"hf:json:{tmp_path / 'a.jsonl'}") == [one.messages for one in some(3)]
+    write_jsonl(tmp_path / "b.jsonl", [preference_row(pair) for pair in islice(preferences(), 2)])
+    assert [pair.chosen for pair in read_preferences(f"hf:json:{tmp_path / 'b.jsonl'}")] == [pair.chosen for pair in islice(preferences(), 2)]
+
+
 def test_conversations_become_instructions():
     talks = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": f"{n}?"},
               {"role": "assistant", "content": f"{n}!"}] for n in range(80)]

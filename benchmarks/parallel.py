@@ -60,6 +60,7 @@ def loop(model, loss, clip, weights, finish=lambda: None, kinds=(torch.Tensor,))
 
 def contestant(name: str, contest: str, config, rows: int):
     """(a step on this rank, what it keeps)"""
+    torch.backends.mkldnn.enabled = False  # the plain loops have torch's products, so the engine gets them too
     if name in ("ours", "--engine torch"):
         parallel = ParallelConfig(**{contest: 2}, engine="torch" if "torch" in name else "ours")
         engine = build_engine(config, TrainConfig(batch_size=rows, lr=3e-4, device="cpu"), parallel)

@@ -2,8 +2,10 @@
 
     python benchmarks/training.py [--size A|B] [--precision fp32 bf16] [--mode eager compiled] [--rounds 5]
 
-tokens/s in process time; x of the family's peer; % of the measured matrix-product peak (6N + 12·L·C·T operations a
-token); % of the floor: the speed of the model's matrix products and attention alone, forward and backward.
+A step is forward, loss, backward and fused AdamW; ours is the Engine's. tokens/s in process time; x of the family's peer; % of
+the measured matrix-product peak (6N + 12·L·C·T operations a token); % of the floor: the speed of the model's matrix products
+and attention alone, forward and backward, by torch. Where the Engine computes products in float32 by oneDNN
+(minillm/nn/onednn.py), it may go below that floor, and the rows "by torch" are of the same models without.
 """
 
 import argparse
@@ -12,14 +14,31 @@ import torch
 from peers import BATCH, PlainGPT, gemm_peak, hf_gpt2, hf_llama, interleaved, ours
 from torch.nn import functional as F
 
-from minillm import Transformer
+from minillm import TrainConfig
+from minillm.data.loader import Batch
+from minillm.engine import Engine
 from minillm.model.flops import training_flops_per_token
+from minillm.nn.onednn import helps
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def our_step(size: str, family: str, precision: str, compiled: bool, onednn: bool = True):
+    """A function that trains one batch by the Engine. onednn: for products in float32, where the Engine would."""
+    engine = Engine(ours(size, family), TrainConfig(batch_size=BATCH[size], precision=precision, compile=compiled, device="cpu"))
+    ids = torch.randint(0, ours(size, family).vocab_size, (BATCH[size], 257))
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+    def step():
+        torch.backends.mkldnn.enabled = onednn
+        engine.forward_backward(batch)
+        engine.step()
+        torch.backends.mkldnn.enabled = True
+    return step
+
+
 def training_step(model, size: str, precision: str, compiled: bool):
-    """A function that trains one batch: forward, loss, backward, fused AdamW."""
+    """The same of another model, in a plain loop."""
     ids = torch.randint(0, ours(size, "llama").vocab_size, (BATCH[size], 257))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     forward = torch.compile(model) if compiled else model
@@ -57,10 +76,14 @@ def floor_step(size: str, family: str, precision: str):
 
 def table(size: str, precision: str, mode: str, rounds: int) -> None:
     """Measure and print one table."""
-    models = {"minillm gpt2": Transformer(ours(size, "gpt2")), "HF GPT-2": hf_gpt2(size), "plain GPT": PlainGPT(size),
-              "plain, as GPT-2": PlainGPT(size, published=True),
-              "minillm llama": Transformer(ours(size, "llama")), "HF Llama": hf_llama(size)}
-    jobs = {name: training_step(model, size, precision, mode == "compiled") for name, model in models.items()}
+    compiled = mode == "compiled"
+    others = {"HF GPT-2": hf_gpt2(size), "plain GPT": PlainGPT(size), "plain, as GPT-2": PlainGPT(size, published=True),
+              "HF Llama": hf_llama(size)}
+    jobs = {name: training_step(model, size, precision, compiled) for name, model in others.items()}
+    for family in ("gpt2", "llama"):
+        jobs[f"minillm {family}"] = our_step(size, family, precision, compiled)
+        if precision == "fp32" and not compiled and helps():
+            jobs[f"{family}, by torch"] = our_step(size, family, precision, compiled, onednn=False)
     jobs |= {f"floor {family}": floor_step(size, family, precision) for family in ("gpt2", "llama")}
     seconds = interleaved(jobs, rounds)
     peak, tokens = gemm_peak(DTYPES[precision]), BATCH[size] * 256
@@ -68,15 +91,18 @@ def table(size: str, precision: str, mode: str, rounds: int) -> None:
     print(f"\ntraining, {size}: {c.layers} layers, C {c.width}, T 256, B {BATCH[size]}, {precision}, {mode}, one thread, "
           f"medians of {rounds} interleaved runs; matrix products reach {peak / 1e9:.0f} GFLOP/s")
     print(f"{'':<16}{'tokens/s':>10}{'x of peer':>12}{'% of peak':>12}{'% of floor':>12}")
-    for name in models:
+    for name in ("minillm gpt2", "gpt2, by torch", "HF GPT-2", "plain GPT", "plain, as GPT-2", "minillm llama", "llama, by torch", "HF Llama"):
+        if name not in jobs:
+            continue
         family = "llama" if "lama" in name else "gpt2"
-        peer = {"minillm gpt2": "HF GPT-2", "minillm llama": "HF Llama"}.get(name)
+        peer = {"HF GPT-2": "", "HF Llama": ""}.get(name, f"HF {'Llama' if family == 'llama' else 'GPT-2'}")
         speed = tokens / seconds[name]
         share = 100 * speed * training_flops_per_token(ours(size, family)) / peak
         ratio = f"{seconds[peer] / seconds[name]:.2f}" if peer else ""
         print(f"{name:<16}{speed:>10,.0f}{ratio:>12}{share:>12.0f}{100 * seconds['floor ' + family] / seconds[name]:>12.0f}")
-    print(f"minillm gpt2 is {seconds['plain GPT'] / seconds['minillm gpt2']:.2f} x the plain GPT, and "
-          f"{seconds['plain, as GPT-2'] / seconds['minillm gpt2']:.2f} x one with GPT-2's biases and gelu", flush=True)
+    plain = "gpt2, by torch" if "gpt2, by torch" in seconds else "minillm gpt2"
+    print(f"{plain} is {seconds['plain GPT'] / seconds[plain]:.2f} x the plain GPT, and "
+          f"{seconds['plain, as GPT-2'] / seconds[plain]:.2f} x one with GPT-2's biases and gelu", flush=True)
 
 
 def main() -> None:

@@ -173,16 +173,20 @@ class Sample:
     uncached: bool = False
     """Read the whole text again for every token: the same tokens, slowly."""
     compile: bool = False
-    """Compile the model first, for half a minute: faster after, which pays for long texts."""
+    """Compile the model first, for half a minute: faster after, which pays for long texts of small models."""
+    packed: bool = False
+    """Store large weights in the order in which CPUs read them: at once, and faster for models of some million parameters."""
 
     def run(self) -> int:
         """Print the text as it is written."""
         from minillm.infer.generate import stream_text
+        from minillm.infer.packed import packed
         from minillm.infer.sampling import Sampling
         from minillm.peft.saving import load_adapted
         folder = find_checkpoint(self.run_or_folder)
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         model, tokenizer = load_adapted(folder).eval(), _tokenizer_of(folder)
+        model = packed(model) if self.packed else model
         print(self.prompt, end="", flush=True)
         for piece in stream_text(model, tokenizer, self.prompt, self.max_new_tokens, sampling=sampling, stop=self.stop,
                                  seed=self.seed, cached=not self.uncached, compiled=self.compile):

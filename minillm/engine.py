@@ -322,7 +322,8 @@ class Engine:
 
     def _mixed(self) -> AbstractContextManager:
         """What a forward pass runs under."""
-        return nullcontext() if self.masters else autocast(self.config.precision, self.model, self.device.type)
+        config = self.config
+        return nullcontext() if self.masters else autocast(config.precision, self.model, self.device.type, config.compile)
 
     def _scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The two losses of a microbatch's logits."""

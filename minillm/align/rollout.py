@@ -2,8 +2,8 @@
 
 The prompts are padded on the left to write in step (infer/generate.py); what comes out is padded on the right, as sft.py lays
 conversations out. The log-probabilities are taken by the very forward pass that training takes, so the first ratio of PPO
-is exactly 1; sampling engines that report their own are off by their rounding, as training under autocast is here. For the
-same reason there is no temperature or top-k: the policy that is improved is the one that was sampled.
+is 1; sampling engines that report their own are off by their rounding, as training under autocast, or by oneDNN's products, is
+here. For the same reason there is no temperature or top-k: the policy that is improved is the one that was sampled.
 """
 
 from collections.abc import Collection, Sequence

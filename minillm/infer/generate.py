@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from minillm.infer.kv_cache import StaticCache
+from minillm.infer.packed import PackedLinear
 from minillm.infer.sampling import Sampling, choose
 from minillm.model.transformer import Transformer
 
@@ -26,9 +27,11 @@ def stream(model: Transformer, ids: Int[Tensor, "B T"], max_new_tokens: int, *, 
     A row that has stopped repeats its stop token. padding_mask: False on padding, which stands on the left.
     prefix_len, mask_pos: as in the model's call, for prompts that are read in both directions.
     compiled: read single tokens by torch.compile: half a minute at first, and faster after, for long texts of small models.
-    Raises: ValueError for an empty prompt, or more tokens than learned positions reach.
+    Raises: ValueError for an empty prompt, more tokens than learned positions reach, or compiled with packed weights.
     """
     _check_room(model, ids, max_new_tokens)
+    if compiled and any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("compiled with packed weights: take one of them; packing helps large weights, compiling small models.")
     cache = None
     if cached:
         weight = model.embed.weight

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from minillm.nn.fp8 import linear8
+from minillm.nn.onednn import OneDNN, helps
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,11 +53,13 @@ class Autocast(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def autocast(precision: str, model: nn.Module, device: str) -> AbstractContextManager:
+def autocast(precision: str, model: nn.Module, device: str, compiled: bool = False) -> AbstractContextManager:
     """What a forward pass of a model with float32 weights runs under. fp8: eight bits in the blocks, bf16 in the head."""
     if precision == "fp8":
         return Autocast(torch.bfloat16, device, linear8, keep=(model.head.weight,))
-    return torch.autocast(device, DTYPES[precision]) if precision != "fp32" else nullcontext()
+    if precision == "fp32":
+        return OneDNN() if device == "cpu" and not compiled and helps() else nullcontext()
+    return torch.autocast(device, DTYPES[precision])
 
 
 def _cast(value, dtype: torch.dtype):

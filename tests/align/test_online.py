@@ -8,11 +8,13 @@ import torch
 from answers import MODEL, PLAN
 from ranks import functions_travel_by_value  # noqa: F401  a fixture
 
+import minillm.align.online as online_loop
 from minillm.align.online import Online, OnlineConfig, distance_from
 from minillm.align.ppo import whiten
 from minillm.align.reward import Scorer
 from minillm.align.rollout import sample
 from minillm.config import ParallelConfig
+from minillm.data.loader import IGNORED
 from minillm.model.transformer import Transformer
 from minillm.parallel.launch import launch
 from minillm.peft.lora import LoraConfig, add_lora
@@ -122,6 +124,10 @@ def on_ranks(me):
     mask = torch.arange(6) < torch.tensor([[4], [6]])
     found["white"] = whiten(values[me.rank:me.rank + 1], mask[me.rank:me.rank + 1], me.group)
     found["white alone"] = whiten(values, mask)[me.rank:me.rank + 1]
+    seen = []
+    online_loop.improve = lambda engine, batch, *rest: seen.append(batch) or [0.0]  # this process ends with the test
+    rounds(made(True, parallel=ParallelConfig(dp=2)), 1)
+    found["advantages"] = seen[0].advantages[seen[0].targets != IGNORED]
     return found
 
 
@@ -135,6 +141,8 @@ def test_ranks_share_a_round_and_end_with_the_same_policy():
         torch.testing.assert_close(weight, first["zero"][2][key], rtol=1e-3, atol=1e-4)
     for rank in (first, second):  # float64, sums in another order
         torch.testing.assert_close(rank["white"], rank["white alone"], rtol=1e-12, atol=1e-12)
+    everyones = torch.cat([rank["advantages"].double() for rank in (first, second)])  # float32 before
+    assert abs(everyones.mean()) < 1e-6 and everyones.std() == pytest.approx(1, abs=1e-6) and abs(first["advantages"].mean()) > 1e-3
 
 
 def test_what_cannot_work_is_refused():

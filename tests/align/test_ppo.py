@@ -11,7 +11,7 @@ from minillm.align.ppo import (AdaptiveKL, critic_loss, experience, gae, improve
                                value_loss, whiten)
 from minillm.align.reward import Scorer
 from minillm.align.rollout import log_probs_of, sample
-from minillm.data.loader import IGNORED
+from minillm.data.loader import IGNORED, Batch
 from minillm.engine import Engine
 from minillm.model.transformer import Transformer
 
@@ -152,6 +152,36 @@ def test_experience_is_put_together_from_the_four_models():
     mask = found.targets != IGNORED
     torch.testing.assert_close(found.advantages, whiten(raw, mask), rtol=1e-3, atol=1e-3)  # float32
     assert distance == pytest.approx(total / 3, abs=1e-4) and len({len(answer) for answer in rollouts.answers}) > 1
+
+
+class Recorder(Engine):
+    """An engine that only writes down what is asked of it."""
+
+    def __init__(self):
+        self.config, self.asked = replace(PLAN, clip_norm=0.25), []
+
+    def forward_backward(self, batch):
+        self.asked.append(batch.ids[:, 0].tolist())
+        return torch.tensor(float(len(batch.ids)))
+
+    def clip(self, norm):
+        self.asked.append(norm)
+
+    def step(self):
+        self.asked.append("step")
+
+
+def test_every_pass_takes_each_row_once_in_a_drawn_order_and_clips():
+    def asked(seed):
+        engine = Recorder()
+        rows = torch.arange(12)[:, None]
+        assert improve(engine, Batch(rows, rows), 2, 5, torch.Generator().manual_seed(seed)) == [5, 5, 2, 5, 5, 2]
+        assert engine.asked[1::3] == [0.25] * 6 and engine.asked[2::3] == ["step"] * 6
+        order = sum(engine.asked[::3], [])
+        return order[:12], order[12:]
+    first, second = asked(1)
+    assert sorted(first) == sorted(second) == list(range(12)) and first != second and sorted(first) != first
+    assert asked(1) == (first, second) != asked(2)
 
 
 def test_it_learns_what_a_program_rewards_and_its_critic_to_foresee_it():

@@ -9,6 +9,7 @@ import torch
 from minillm.course import doctor
 from minillm.model.families import preset
 from minillm.model.flops import training_flops_per_token
+from minillm.nn import onednn
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -17,6 +18,7 @@ Usage = namedtuple("Usage", "total used free")
 def machine(monkeypatch):
     """A machine of known speed and room: products need not be measured for what is tested here."""
     monkeypatch.setattr(doctor, "matmul_rate", lambda dtype, *_: {torch.float32: 5e10, torch.bfloat16: 2e10}[dtype])
+    monkeypatch.setattr(onednn, "helps", lambda: False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9e9, 1e9, 8e9))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -33,6 +35,14 @@ def test_a_healthy_machine_is_ready():
     for words in (f"torch      {torch.__version__.split('+')[0]}", "8 GB free",
                   "fp32 50 GFLOP/s, bf16 20 GFLOP/s", "gpu        none", "tokens/s in fp32"):
         assert words in text, text
+
+
+def test_where_onednn_helps_its_products_are_what_the_promise_is_made_of(monkeypatch):
+    monkeypatch.setattr(onednn, "helps", lambda: True)
+    monkeypatch.setattr(doctor, "matmul_rate", lambda dtype, device, size, multiply=None: 9e10 if multiply is onednn.product else 5e10)
+    text, _ = report()
+    assert "fp32 50 GFLOP/s, bf16 50 GFLOP/s, fp32 by oneDNN 90 GFLOP/s" in text
+    assert f"at most {9e10 / training_flops_per_token(preset('first')):,.0f} tokens/s in fp32" in text
 
 
 def test_the_promised_speed_is_the_products_over_the_models_cost():

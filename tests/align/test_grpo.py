@@ -6,8 +6,10 @@ from answers import MODEL, PLAN
 
 from minillm.align.grpo import answer_loss, group_advantages, grpo, policy_batch
 from minillm.align.rollout import sample
+from minillm.data.loader import IGNORED
 from minillm.engine import Engine
 from minillm.model.transformer import Transformer
+from minillm.train.loss import token_log_probs
 
 
 def test_advantages_by_hand():
@@ -53,6 +55,16 @@ def test_gradients_are_those_of_finite_differences_and_at_the_start_those_of_the
     answer_loss(new, new.detach(), new.detach(), advantages, mask).sum().backward()
     wanted = torch.where(mask, -advantages[:, None] / mask.sum(1, keepdim=True), 0.0)
     torch.testing.assert_close(new.grad, wanted, rtol=1e-12, atol=1e-12)  # float64; KL's slope is 0 where they agree
+
+
+def test_the_engines_loss_has_the_options_of_the_answers():
+    batch = policy_batch(sample(Transformer(MODEL, seed=2), [[5, 6, 7]] * 4, 6, range(40), generator=torch.Generator().manual_seed(0)),
+                         torch.arange(4.0)[None], Transformer(MODEL, seed=3))
+    logits = Transformer(MODEL, seed=4)(batch.ids).detach()
+    for options in ({}, {"clip": 0.01}, {"beta": 0.5}, {"length": 6}):
+        wanted = answer_loss(token_log_probs(logits, batch.targets), batch.old, batch.reference, batch.advantages, batch.targets != IGNORED,
+                             **options)
+        assert grpo(**options)(logits, batch).item() == wanted.sum().item() and (not options or wanted.sum() != grpo()(logits, batch))
 
 
 def test_microbatches_give_the_mean_over_answers():

@@ -6,14 +6,17 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from answers import ACCUMULATED, MODEL, PLAN, TEMPLATE, TOKENIZER, pairs
 
-from minillm.align.pairs import pair_batch
+from minillm.align.pairs import Groups, pair_batch
 from minillm.align.reward import (Scorer, final_scores, load_scorer, preference_accuracy, ranking_loss, reward_loss, save_scorer,
                                    scores_of)
+from minillm.align.sft import RowLoader, pad_rows
 from minillm.data.instructions import in_a_sentence
+from minillm.data.loader import IGNORED
 from minillm.engine import Engine
 from minillm.model.families import preset
 from minillm.model.huggingface import CheckpointError, save_pretrained
 from minillm.model.transformer import Transformer
+from minillm.text.chat import Rendered
 
 
 def test_the_loss_by_hand():
@@ -58,6 +61,31 @@ def test_the_score_is_read_where_the_answers_end_token_was_read():
         alone = model(torch.tensor([row[:place + 1]]))[0, -1, 0]  # no padding, and nothing after the end
         torch.testing.assert_close(score, alone, rtol=1e-4, atol=1e-5)  # float32, other sizes of matrices
     assert final_scores(torch.ones(8, batch.ids.shape[1], 1), batch).tolist() == [1.0] * 8
+
+
+def test_the_preferred_answer_comes_first():
+    some = pairs(3)
+    batch = pair_batch(TEMPLATE, TOKENIZER, some)
+    said = [TOKENIZER.decode([id for id in row if id != IGNORED]) for row in batch.targets.tolist()]
+    for pair, better, worse in zip(some, said[::2], said[1::2], strict=True):
+        assert better.startswith(pair.chosen) and worse.startswith(pair.rejected) and better != worse
+
+
+def test_the_best_must_beat_all_others():
+    """Scores of the last tokens: 3 answers to each of 3 prompts."""
+    class Given(Scorer):
+        def forward(self, ids, **_):
+            return torch.tensor([3.0, 2.0, 1.0, 2.0, 3.0, 1.0, 2.0, 2.0, 1.0]).view(9, 1, 1).expand(9, ids.shape[1], 1)
+    rows = pad_rows([Rendered([5, 6, 7], [False, True, True])] * 9)
+    assert preference_accuracy(Given(MODEL), Groups(**vars(rows), group=3)) == pytest.approx(1 / 3)  # not where it is equal
+
+
+def test_batches_are_of_whole_groups():
+    rows = pad_rows([Rendered([number, 1, 2], [False, True, True]) for number in range(12)])
+    loader = RowLoader(Groups(**vars(rows)), 4, group=2, seed=0)
+    epoch = [next(loader).ids[:, 0].view(2, 2).tolist() for _ in range(3)]
+    groups = [group for batch in epoch for group in batch]
+    assert sorted(groups) == [[n, n + 1] for n in range(0, 12, 2)] and groups != sorted(groups)
 
 
 def test_pairs_stay_together_in_microbatches_and_shares():

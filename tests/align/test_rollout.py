@@ -6,11 +6,13 @@ from answers import MODEL, PLAN
 
 from minillm.align.ppo import policy_loss
 from minillm.align.rollout import log_probs_of, sample
+from minillm.align.sft import pack, pad_rows
 from minillm.data.loader import IGNORED
 from minillm.engine import Engine
 from minillm.infer.generate import generate
 from minillm.infer.sampling import Sampling
 from minillm.model.transformer import Transformer
+from minillm.text.chat import Rendered
 from minillm.train.loss import token_log_probs
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 7]]
@@ -68,6 +70,23 @@ def test_answers_end_at_the_first_stop_token(model):
         place = free.index(stop) if stop in free else 12
         assert answer == free[:place] and finished == (stop in free)
         assert targets[targets != IGNORED].tolist() == free[:place + 1]  # the stop token is learned too
+
+
+def test_an_answer_that_stops_at_its_last_token_is_finished(model):
+    stop = rollouts(model).answers[0][11]
+    found = rollouts(model, [stop])
+    full = [row for row, targets in enumerate(found.batch.targets) if int((targets != IGNORED).sum()) == 12]
+    assert 0 in full and [found.finished[row] for row in full] == [rollouts(model).answers[row][11] == stop for row in full]
+
+
+def test_log_probabilities_in_packed_rows_are_those_of_each_alone(model):
+    rows = [Rendered(list(range(5, 5 + size)), [False] * 2 + [True] * (size - 2)) for size in (4, 7, 5)]
+    packed = pack(rows, 16)
+    assert len(packed.ids) == 1
+    found = log_probs_of(model, packed)[0]
+    for row, segment in ((1, 0), (2, 1), (0, 2)):  # the longest first
+        alone = log_probs_of(model, pad_rows([rows[row]]))[0, :-1]
+        torch.testing.assert_close(found[packed.segment_ids[0] == segment], alone, rtol=1e-4, atol=1e-5)  # float32, other sizes of matrices
 
 
 def test_greedy_answers_are_those_of_generate(model):

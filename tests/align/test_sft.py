@@ -37,6 +37,13 @@ def test_by_hand():
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0]] and batch.segment_ids.tolist() == [[0, 0, 0, 1, 1, 2]]
 
 
+def test_padded_rows_by_hand():
+    """Every id is read, the last one too."""
+    batch = pad_rows([Rendered([1, 2, 3], [False, True, True]), Rendered([4, 5], [False, True])], pad=9)
+    assert batch.ids.tolist() == [[1, 2, 3], [4, 5, 9]] and batch.targets.tolist() == [[2, 3, IGNORED], [5, IGNORED, IGNORED]]
+    assert batch.positions.tolist() == [[0, 1, 2], [0, 1, 0]] and batch.segment_ids.tolist() == [[0, 0, 0], [0, 0, 1]]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_every_conversation_is_whole_and_there_once(seed):
     rows = conversations(200, seed)

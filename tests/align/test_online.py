@@ -10,7 +10,7 @@ from ranks import functions_travel_by_value  # noqa: F401  a fixture
 
 import minillm.align.online as online_loop
 from minillm.align.online import Online, OnlineConfig, distance_from
-from minillm.align.ppo import whiten
+from minillm.align.ppo import AdaptiveKL, whiten
 from minillm.align.reward import Scorer
 from minillm.align.rollout import sample
 from minillm.config import ParallelConfig
@@ -93,9 +93,9 @@ def test_the_price_is_steered():
 def test_stopped_after_two_rounds_it_goes_on_to_the_same_numbers(critic):
     def numbers(found):
         return [{name: value for name, value in round_.items() if not name.startswith("seconds")} for round_ in found]
-    whole = made(critic)
+    config = replace(CONFIG, target_kl=0.01) if critic else CONFIG  # beta moves
+    whole, first, again = (made(critic, config) for _ in range(3))
     wanted = numbers(rounds(whole, 4))
-    first, again = made(critic), made(critic)
     assert numbers(rounds(first, 2)) == wanted[:2]
     again.policy.load_weights(first.policy.whole_model().state_dict())
     again.load_state_dict(first.state_dict())
@@ -113,6 +113,30 @@ def test_an_adapter_learns_and_its_base_does_not():
     assert frozen and all(torch.equal(dict(policy.named_parameters())[name], weight) for name, weight in frozen.items())
 
 
+def test_experience_is_asked_for_with_the_beta_of_the_round_and_lambda(monkeypatch):
+    asked, experience = [], online_loop.experience
+
+    def recorded(*args, **options):
+        asked.append((args[4], options["lam"]))
+        return experience(*args, **options)
+    monkeypatch.setattr(online_loop, "experience", recorded)
+    found = rounds(made(config=replace(CONFIG, target_kl=0.01, lam=0.7)), 4)
+    assert asked == [(round_["beta"], 0.7) for round_ in found] and len(set(asked)) > 2
+    price = AdaptiveKL(CONFIG.beta, 0.01)
+    for round_ in found:
+        assert round_["beta"] == price.beta
+        price.update(round_["kl"], 8 * 4)
+
+
+def test_every_round_rank_and_use_has_random_numbers_of_its_own():
+    online, seeds = made(), []
+    for online.rounds_done in range(3):
+        for online.policy.rank in range(3):
+            seeds += [online._generator("cpu", use).initial_seed() for use in (0, 1)]
+    other = made(config=replace(CONFIG, seed=1))
+    assert len(set(seeds)) == 18 and other._generator("cpu", 0).initial_seed() not in seeds
+
+
 def on_ranks(me):
     found = {}
     for name, parallel, critic in (("ppo", ParallelConfig(dp=2), True), ("zero", ParallelConfig(dp=2, zero=2), True),
@@ -124,6 +148,15 @@ def on_ranks(me):
     mask = torch.arange(6) < torch.tensor([[4], [6]])
     found["white"] = whiten(values[me.rank:me.rank + 1], mask[me.rank:me.rank + 1], me.group)
     found["white alone"] = whiten(values, mask)[me.rank:me.rank + 1]
+    asked, scored = [], []
+
+    def recorded(prompts, rollouts):
+        asked.extend(prompts)
+        scored.append(even(prompts, rollouts))
+        return scored[-1]
+    online = made(True, parallel=ParallelConfig(dp=2), config=replace(CONFIG, target_kl=0.01))
+    online.reward = recorded
+    found["asked"], found["round"], found["scored"] = asked, rounds(online, 2), [float(scores.mean()) for scores in scored]
     seen = []
     online_loop.improve = lambda engine, batch, *rest: seen.append(batch) or [0.0]  # this process ends with the test
     rounds(made(True, parallel=ParallelConfig(dp=2)), 1)
@@ -141,6 +174,13 @@ def test_ranks_share_a_round_and_end_with_the_same_policy():
         torch.testing.assert_close(weight, first["zero"][2][key], rtol=1e-3, atol=1e-4)
     for rank in (first, second):  # float64, sums in another order
         torch.testing.assert_close(rank["white"], rank["white alone"], rtol=1e-12, atol=1e-12)
+    assert sorted(first["asked"] + second["asked"]) == sorted([prompt for prompt in PROMPTS for _ in range(4)] * 2)
+    price = AdaptiveKL(CONFIG.beta, 0.01)
+    for number, (here, there) in enumerate(zip(first["round"], second["round"], strict=True)):
+        own = [rank["scored"][number] for rank in (first, second)]
+        assert here["reward"] == there["reward"] == pytest.approx(sum(own) / 2, rel=1e-12) and own[0] != own[1]
+        assert here["beta"] == there["beta"] == price.beta  # steered by all answers, not by one rank's
+        price.update(here["kl"], 8 * 4)
     everyones = torch.cat([rank["advantages"].double() for rank in (first, second)])  # float32 before
     assert abs(everyones.mean()) < 1e-6 and everyones.std() == pytest.approx(1, abs=1e-6) and abs(first["advantages"].mean()) > 1e-3
 
@@ -150,6 +190,8 @@ def test_what_cannot_work_is_refused():
         made(batch_size=12)
     with pytest.raises(ValueError, match="answers = 1, target_kl = None without a critic"):
         made(critic=False, config=replace(CONFIG, answers=1), batch_size=8)
+    with pytest.raises(ValueError, match="answers = 4, target_kl = 1.0 without a critic"):
+        made(critic=False, config=replace(CONFIG, target_kl=1.0))
     with pytest.raises(ValueError, match="zero = 3.*every rank needs the whole policy"):
         made(parallel=ParallelConfig(dp=2, zero=3))
     with pytest.raises(ValueError, match="7 prompts with 8 askers, and a round has 8"):

@@ -128,6 +128,16 @@ def test_experience_is_asked_for_with_the_beta_of_the_round_and_lambda(monkeypat
         price.update(round_["kl"], 8 * 4)
 
 
+@pytest.mark.parametrize("critic, losses", [(True, {"ppo": (0.05,), "critic_loss": (0.05,)}), (False, {"grpo": (0.05, 0.3)})])
+def test_the_losses_have_the_options(monkeypatch, critic, losses):
+    given = {}
+    for name in losses:
+        real = getattr(online_loop, name)
+        monkeypatch.setattr(online_loop, name, lambda *args, name=name, real=real: given.update({name: args}) or real(*args))
+    made(critic, config=replace(CONFIG, clip=0.05, beta=0.3))
+    assert given == losses
+
+
 def test_every_round_rank_and_use_has_random_numbers_of_its_own():
     online, seeds = made(), []
     for online.rounds_done in range(3):

@@ -124,6 +124,13 @@ def test_the_loop_grows_the_pool_the_same_way_every_time():
     assert grow(Pool(list(SEEDS) * 3), write, 10, seed=6).made == pool.made and others != asked  # this writer reads no more than a number
 
 
+def test_no_more_are_made_than_were_asked_for():
+    """Though one request may bring several."""
+    several = " Name foxes\nAnswer 3: a\nTask 4: Find boats\nAnswer 4: b\nTask 5: Praise bears\nAnswer 5: c\n"
+    pool = grow(Pool(list(SEEDS)), lambda prompt: several, 2)
+    assert [task.answer for task in pool.made] == ["a", "b"] and pool.requests == 1
+
+
 def test_a_request_shows_as_many_as_it_is_told():
     write, asked = writer(4)
     grow(Pool([Task(f"seed {n}", "x") for n in range(9)]), write, 10, by_people=3, by_model=1, most=20)

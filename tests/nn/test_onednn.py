@@ -18,6 +18,7 @@ def used(monkeypatch):
     """The shapes that go to oneDNN, on a machine that says it helps."""
     found, product = [], onednn.product
     monkeypatch.setattr(onednn, "_amd_with_mkl", lambda: True)
+    monkeypatch.setattr(onednn, "LEAST", 64 * 8 * 8)
     monkeypatch.setattr(onednn, "product", lambda x, weight, bias=None: found.append((*x.shape, len(weight))) or product(x, weight, bias))
     return found
 

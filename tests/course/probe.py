@@ -2,6 +2,19 @@ import importlib
 import os
 import re
 
+NEEDLES = [(first.encode(), second.encode()) for first, second in PARTS]  # noqa: F821  (written above this file by the test)
+
+
+def held(data):
+    """The needles in it, told by their first parts. Whole ones are never made, or they would be found in this memory."""
+    found = []
+    for first, second in NEEDLES:
+        at = data.find(first)
+        while at >= 0 and not data.startswith(second, at + len(first)):
+            at = data.find(first, at + 1)
+        found += [repr(first)] if at >= 0 else []
+    return found
+
 
 def probe():
     """Import every module of the course, read every text file, search all of this process's memory."""
@@ -12,8 +25,6 @@ def probe():
             found["imports"].append(name)
         except ImportError:
             pass
-    # "[x]yz" finds "xyz" without being it
-    patterns = [re.compile((re.escape(a) + "[" + re.escape(b[0]) + "]" + re.escape(b[1:])).encode()) for a, b in HALVES]  # noqa: F821
     for folder, folders, files in os.walk("/"):
         folders[:] = [f for f in folders if os.path.join(folder, f) not in ("/proc", "/sys", "/dev")]
         for name in files:
@@ -25,8 +36,8 @@ def probe():
                 except OSError:
                     continue
                 found["looked at"] += 1
-                found["files"] += [path for p in patterns if p.search(data)][:1]
-    control = re.compile(b"Import every module of the [c]ourse")
+                found["files"] += [path] if held(data) else []
+    control = re.compile(b"Import every module of the [c]ourse")  # finds the sentence above without being it
     found["control"] = False
     with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb") as memory:
         for line in maps:
@@ -40,5 +51,5 @@ def probe():
                     continue
                 found["regions"] += 1
                 found["control"] = found["control"] or control.search(data) is not None
-                found["memory"] += [str(p.pattern) for p in patterns if p.search(data)][:3]
+                found["memory"] += held(data)[:3]
     return found

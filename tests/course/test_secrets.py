@@ -31,15 +31,15 @@ def test_the_answer_is_nowhere_inside(name):
         secrets |= {line.strip() for line in source.splitlines() if len(line.strip()) > 25 and "Test(" not in line and "Mutant(" not in line}
     needles = sorted(s for s in secrets if not s.startswith(("def ", "while at <")))[:40]
     assert needles
-    # written so that the probe itself holds no needle in one piece
-    halves = [[n[:len(n) // 2], n[len(n) // 2:]] for n in needles]
+    # written so that the probe itself holds no needle in one piece, and the first one is rare, which makes the search fast
+    parts = [[n[:-3], n[-3:]] for n in needles]
     modules = [f"minillm.{p.relative_to(ROOT / 'minillm').as_posix().removesuffix('.py').replace('/', '.')}"
                for p in (ROOT / "minillm").rglob("*.py")]
     worker_files = {f"minillm.course.grading.{n}" for n in ("protocol", "ranks", "lockdown", "worker")} | {"minillm.course.check"}
     names = [m.removesuffix(".__init__") for m in modules if m not in worker_files and m not in exercise.allows]
     packages = {m.removesuffix(".__init__") for m in modules if m.endswith("__init__")}
     probe = (Path(__file__).parent / "probe.py").read_text()
-    cell = f"HALVES = {halves!r}\nNAMES = {sorted(set(names) - packages)!r}\n{probe}\ndef {exercise.name}(*inputs):\n    return probe()"
+    cell = f"PARTS = {parts!r}\nNAMES = {sorted(set(names) - packages)!r}\n{probe}\ndef {exercise.name}(*inputs):\n    return probe()"
     with Worker(exercise.packages, exercise.allows, exercise.bans) as worker:
         assert worker.load([cell], {exercise.name: "def drive(answer, *inputs):\n    return answer(*inputs)"})["problems"] == []
         answer = worker.call(exercise.name, (), 1, 120)

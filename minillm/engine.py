@@ -322,8 +322,7 @@ class Engine:
 
     def _mixed(self) -> AbstractContextManager:
         """What a forward pass runs under."""
-        config = self.config
-        return nullcontext() if self.masters else autocast(config.precision, self.model, self.device.type, config.compile)
+        return nullcontext() if self.masters else autocast(self.config.precision, self.model, self.device.type, self.config.compile)
 
     def _scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The two losses of a microbatch's logits."""
